@@ -1,0 +1,52 @@
+# make demo    set up, then four hospitals fine-tune one encoder (minutes)
+# make test    set up, then the tests
+# make check   ruff, mypy, import rules      make test-slow   the slow tests
+# make bench   all benchmarks, in full       make venv        set-up alone
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PACKAGE := pyproject.toml constraints.txt
+
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow check bench venv clean
+
+demo: .venv/installed-demo
+	$(BIN)/anabranch demo
+
+test: .venv/installed-all
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-all
+	$(BIN)/python -m pytest -m slow --timeout 1500
+
+check: .venv/installed-all
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed-all
+	$(BIN)/python -m benchmarks.all
+
+venv: .venv/installed-all
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	touch $@
+
+# torch first and alone: no other package may choose another build of it.
+.venv/installed-demo: .venv/python $(PACKAGE)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[demo,edge-training]"
+	touch $@
+
+.venv/installed-all: .venv/python $(PACKAGE)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[client,server,simulation,demo,edge-training]" --group dev
+	touch .venv/installed-demo $@

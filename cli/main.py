@@ -1,0 +1,54 @@
+"""The command `anabranch`: parse, hand over, print. Heavy imports happen inside the verbs.
+
+Exit codes: 0 done, 1 something the user can fix (one line says how), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from anabranch.cli import adapter, edge, site
+from anabranch.cli.runs import demo, simulate
+from anabranch.protocols.errors import AnabranchError
+
+app = typer.Typer(
+    name="anabranch",
+    help="Fine-tune a model where the data lives; only the LoRA delta leaves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo)
+app.command("simulate")(simulate)
+app.add_typer(site.app, name="site")
+app.add_typer(adapter.app, name="adapter")
+app.add_typer(edge.app, name="edge")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        typer.echo("anabranch: stopped", err=True)
+        return 1
+    except AnabranchError as error:
+        typer.echo(f"anabranch: {error}", err=True)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())

@@ -1,0 +1,97 @@
+"""anabranch demo and anabranch simulate: whole federations on this machine."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anabranch.cli.output import Json, Progress, emit, table
+
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Run folder; default runs/<name>-<time>.")
+]
+
+
+def demo(
+    output: Output = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides records, adapters, shuffling.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    as_json: Json = False,
+) -> int:
+    """Four hospitals learn clinical coding under differential privacy; takes minutes."""
+    from anabranch.simulations.demo.run import EXAMPLES, run_demo
+    from anabranch.simulations.demo.table import as_text
+
+    with Progress() as progress:
+        summary, coded = run_demo(
+            output or _folder("demo"), seed=seed, threads=threads, progress=progress
+        )
+    lines = [as_text(summary), "", "The int8 model, without torch, codes:"]
+    rows = [[text, label, f"{p:.2f}"] for text, (label, p) in zip(EXAMPLES, coded, strict=True)]
+    lines.append(table(["text", "chapter", "p"], rows))
+    folder = summary["folder"]
+    lines.append(
+        f"\nReport: {folder}/report.html\n"
+        f'Yours:  anabranch edge infer {folder}/release "your diagnosis"'
+    )
+    emit(summary, "\n".join(lines), as_json=as_json)
+    return 0
+
+
+def simulate(
+    experiment: Annotated[Path, typer.Argument(help="experiment.toml")],
+    output: Output = None,
+    engine: Annotated[
+        str | None, typer.Option(help="sequential or flower, instead of the file's.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Run a federation on this machine from an experiment file."""
+    from anabranch.simulations.simulate import simulate as run
+
+    with Progress() as progress:
+        summary = run(
+            experiment,
+            output or _folder(experiment.stem),
+            engine=engine,  # type: ignore[arg-type]  # engines.run refuses others
+            on_event=lambda kind, **fields: _show(progress, kind, fields),
+        )
+    emit(summary, _text(summary), as_json=as_json)
+    return 0
+
+
+def _folder(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _show(progress: Progress, kind: str, fields: dict[str, Any]) -> None:
+    if kind == "run_started":
+        progress.stage("rounds", fields["rounds"])
+    elif kind == "round_evaluated":
+        progress.advance()
+
+
+def _text(summary: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            summary["num_examples"][name],
+            summary["failures"][name],
+            f"{summary['epsilon'][name]:.2f}" if name in summary["epsilon"] else "—",
+        ]
+        for name in summary["num_examples"]
+    ]
+    lines = [table(["site", "records", "failures", "epsilon"], rows), ""]
+    lines += [f"accuracy {name}: {value:.4f}" for name, value in summary["accuracy"].items()]
+    lines.append(
+        f"{summary['rounds']} rounds, best {summary['best_round']}; "
+        f"{summary['bytes_up']:,} bytes up, {summary['bytes_down']:,} down; "
+        f"{summary['seconds']:.1f} s; peak memory {summary['peak_rss_bytes'] / 2**20:.0f} MiB"
+    )
+    if summary["release_refused"]:
+        lines.append(f"no release: {summary['release_refused']}")
+    lines.append(f"run folder: {summary['folder']}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What happens where the records are: contract, tuning, privacy, ledger, Flower ClientApp."""

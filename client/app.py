@@ -1,0 +1,36 @@
+"""The ClientApp of a deployed site: `clientapp = "anabranch.client.app:app"`.
+
+The SuperNode is started with `--node-config 'site="/path/to/the/site"'`; the folder is
+described in client/site.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from flwr.app import Context
+
+from anabranch.client.flower import SiteLike, client_app
+from anabranch.protocols.errors import ConfigError
+
+
+@cache  # a site keeps its model and its prefix activations between the messages of a process
+def open_site(folder: Path) -> SiteLike:
+    """Return the site in `folder`; torch is imported here, when there is something to do."""
+    from anabranch.client.site import Site
+
+    return Site(folder)
+
+
+def site_of(context: Context) -> SiteLike:
+    """Return the site that this node was started for."""
+    folder = context.node_config.get("site")
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError(
+            "this SuperNode has no site: start it with --node-config 'site=\"/path/to/the/site\"'"
+        )
+    return open_site(Path(folder))
+
+
+app = client_app(site_of)

@@ -1,0 +1,1 @@
+"""Records: read, check against the data contract, turn into tensors."""

@@ -1,0 +1,287 @@
+"""Flower around a site: records in, records out. No training in this file.
+
+A message's content (a Flower RecordDict) holds
+
+    "message"  ConfigRecord {"kind": str, "json": bytes}      always; protocols/messages.py
+    "frame"    ArrayRecord  {"frame": Array}                  with an adapter or a delta
+    "metrics"  MetricRecord {"num-examples": int}             trained, evaluated: for Flower's logs
+
+The adapter travels packed: one frame (docs/wire-format.md) in one Array of dtype "uint8",
+shape [n] and serialisation type FRAME_TYPE. Flower moves every Array as several objects, each
+with its own request, so that 448 tensors take ten times as long as the same bytes in one;
+and Flower's own tools refuse a type that they do not know, as they should.
+
+    coordinator → site            site → coordinator
+    "query.describe"  describe    described | refused
+    "train"           assignment  trained + delta | refused
+    "evaluate"        assignment  evaluated | refused
+
+Whatever goes wrong comes back as `refused`. Flower would send the text of an exception to the
+coordinator as it is; the text of an unforeseen one may hold a record, so only its type leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sized
+from typing import Annotated, Protocol
+
+import msgspec
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from anabranch.protocols import messages, wire
+from anabranch.protocols.adapter import Adapter, AdapterSpec, Delta, shown
+from anabranch.protocols.config import Name, RunConfig
+from anabranch.protocols.errors import (
+    AnabranchError,
+    ConfigError,
+    DataError,
+    MalformedMessage,
+    ModelError,
+    PrivacyError,
+    ProtocolError,
+)
+from anabranch.protocols.messages import Assignment, Evaluated, Reason, Refused, Trained
+
+FRAME_TYPE = "anabranch.frame/1"
+DESCRIBE = "query.describe"  # Flower's message type: a query, by name
+COUNT = "num-examples"  # the key that Flower's own strategies and logs look for
+
+REASONS: dict[type[AnabranchError], Reason] = {
+    ConfigError: "config",
+    DataError: "data",
+    ModelError: "model",
+    PrivacyError: "privacy",
+    ProtocolError: "protocol",
+}
+
+log = logging.getLogger(__name__)
+
+
+class Describe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who are you, and do your records keep this run's contract?"""
+
+    run: str
+    config: RunConfig
+
+
+class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A site that can take part, and how many records it would train and evaluate on."""
+
+    site: Name
+    num_examples: Annotated[int, msgspec.Meta(ge=0, le=wire.MAX_EXAMPLES)]
+    held_out: Annotated[int, msgspec.Meta(ge=0, le=wire.MAX_EXAMPLES)]
+
+
+class SiteLike(Protocol):
+    """What a site must offer to be reached through Flower."""
+
+    @property
+    def name(self) -> str:
+        """Its name in this run."""
+
+    def records(self, config: RunConfig) -> tuple[Sized, Sized]:
+        """Return (training, held-out) records, or raise DataError."""
+
+    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, Delta]:
+        """Return what it learned from `adapter`."""
+
+    def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
+        """Return metrics of `adapter` on held-out records."""
+
+
+SiteFor = Callable[[Context], SiteLike]
+Work = Callable[[SiteLike, RecordDict], RecordDict]
+
+
+def client_app(site_for: SiteFor) -> ClientApp:
+    """Return the ClientApp of the site that `site_for` finds for a Flower context."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(message, context, site_for, _train, "training")
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, context, site_for, _evaluate, "evaluation")
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        return _answer(message, context, site_for, _describe, "the data check")
+
+    return app
+
+
+def _answer(
+    message: Message, context: Context, site_for: SiteFor, work: Work, what: str
+) -> Message:
+    """Return what `work` says, or a refusal; the text of an unforeseen error stays here."""
+    name = f"node-{context.node_id}"
+    try:
+        site = site_for(context)
+        name = site.name
+        content = work(site, message.content)
+    except AnabranchError as error:
+        log.warning("%s refuses %s: %s", name, what, error)
+        content = pack_refused(Refused(site=name, reason=reason_of(error), message=str(error)))
+    except Exception as error:  # the boundary: Flower would send its text
+        log.exception("%s failed in %s", name, what)
+        text = f"{type(error).__name__} in {what}: see the site's log"
+        content = pack_refused(Refused(site=name, reason="internal", message=text))
+    return Message(content, reply_to=message)
+
+
+def reason_of(error: AnabranchError) -> Reason:
+    """Return the word for an error in a Refused."""
+    return next((word for kind, word in REASONS.items() if isinstance(error, kind)), "internal")
+
+
+def _train(site: SiteLike, content: RecordDict) -> RecordDict:
+    return pack_trained(*site.train(*unpack_assignment(content)))
+
+
+def _evaluate(site: SiteLike, content: RecordDict) -> RecordDict:
+    return pack_evaluated(site.evaluate(*unpack_assignment(content)))
+
+
+def _describe(site: SiteLike, content: RecordDict) -> RecordDict:
+    train, held_out = site.records(_unpack(content, Describe).config)
+    described = Described(site=site.name, num_examples=len(train), held_out=len(held_out))
+    return _pack(described)
+
+
+def pack_describe(describe: Describe) -> RecordDict:
+    """Return the content of a "query.describe" message."""
+    return _pack(describe)
+
+
+def pack_assignment(assignment: Assignment, frame: bytes) -> RecordDict:
+    """Return the content of a "train" or "evaluate" message; `frame` holds the adapter."""
+    return _pack(assignment, frame=frame)
+
+
+def pack_trained(trained: Trained, delta: Delta) -> RecordDict:
+    """Return the content of the reply to "train"."""
+    return _pack(trained, frame=wire.encode(delta), count=trained.num_examples)
+
+
+def pack_evaluated(evaluated: Evaluated) -> RecordDict:
+    """Return the content of the reply to "evaluate"."""
+    return _pack(evaluated, count=evaluated.num_examples)
+
+
+def pack_refused(refused: Refused) -> RecordDict:
+    """Return the content of any reply that says no."""
+    return _pack(refused)
+
+
+def unpack_assignment(content: RecordDict) -> tuple[Assignment, Adapter]:
+    """Return the assignment and its adapter.
+
+    This and every other unpack raises MalformedMessage for a content that no pack makes, and
+    IncompatibleAdapter for a frame with another spec or with values that are not finite.
+    """
+    return _unpack(content, Assignment), wire.decode_adapter(_frame(content))
+
+
+def unpack_trained(content: RecordDict, spec: AdapterSpec) -> tuple[Trained, Delta] | Refused:
+    """Return what a site learned, which must be a delta of `spec`, or why it did not."""
+    if _kind(content) == "refused":
+        return _unpack(content, Refused)
+    return _unpack(content, Trained), wire.decode_delta(_frame(content), spec)
+
+
+def unpack_evaluated(content: RecordDict) -> Evaluated | Refused:
+    """Return a site's metrics, or why there are none."""
+    if _kind(content) == "refused":
+        return _unpack(content, Refused)
+    return _unpack(content, Evaluated)
+
+
+def unpack_described(content: RecordDict) -> Described | Refused:
+    """Return who the site is, or why it cannot take part."""
+    if _kind(content) == "refused":
+        return _unpack(content, Refused)
+    return _unpack(content, Described)
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Return the bytes of frame and message in a content, without Flower's own overhead."""
+    arrays = sum(len(a.data) for record in content.array_records.values() for a in record.values())
+    values = (v for record in content.config_records.values() for v in record.values())
+    return arrays + sum(len(v) for v in values if isinstance(v, bytes))
+
+
+def _pack(
+    message: msgspec.Struct, *, frame: bytes | None = None, count: int | None = None
+) -> RecordDict:
+    text = messages.encode(message)
+    kind = type(message).__name__.lower()
+    content = RecordDict({"message": ConfigRecord({"kind": kind, "json": text})})
+    if frame is not None:
+        array = Array(dtype="uint8", shape=(len(frame),), stype=FRAME_TYPE, data=frame)
+        content["frame"] = ArrayRecord({"frame": array})
+    if count is not None:
+        content["metrics"] = MetricRecord({COUNT: count})
+    return content
+
+
+# kind -> the records that come with it
+RECORDS: dict[str, set[str]] = {
+    "describe": {"message"},
+    "described": {"message"},
+    "assignment": {"message", "frame"},
+    "trained": {"message", "frame", "metrics"},
+    "evaluated": {"message", "metrics"},
+    "refused": {"message"},
+}
+
+
+def _kind(content: RecordDict) -> str:
+    """Return the kind of a content that has exactly the records of that kind."""
+    record = content.get("message")
+    if not isinstance(record, ConfigRecord) or set(record) != {"kind", "json"}:
+        raise MalformedMessage("expected a ConfigRecord 'message' with 'kind' and 'json'")
+    kind = record["kind"]
+    if not isinstance(kind, str) or kind not in RECORDS:
+        raise MalformedMessage(f"expected one of {sorted(RECORDS)}, got {shown(repr(kind))}")
+    if set(content) != RECORDS[kind]:
+        raise MalformedMessage(
+            f"{kind}: expected records {sorted(RECORDS[kind])}, got {shown(repr(sorted(content)))}"
+        )
+    return kind
+
+
+def _unpack(content: RecordDict, expected: type[messages.M]) -> messages.M:
+    """Return the message, which must be of type `expected`, in a content of its kind."""
+    kind, wanted = _kind(content), expected.__name__.lower()
+    if kind != wanted:
+        raise MalformedMessage(f"expected {wanted!r}, got {kind!r}")
+    text = content.config_records["message"]["json"]
+    if not isinstance(text, bytes):
+        raise MalformedMessage(f"{kind}: expected JSON as bytes, got {type(text).__name__}")
+    message = messages.decode(text, expected)
+    if "metrics" in content:
+        metrics = content["metrics"]
+        if not isinstance(metrics, MetricRecord) or dict(metrics) != {
+            COUNT: getattr(message, "num_examples", None)
+        }:
+            raise MalformedMessage(f"{kind}: metrics and message differ in num_examples")
+    return message
+
+
+def _frame(content: RecordDict) -> bytes:
+    """Return the bytes of the one frame."""
+    record = content.get("frame")
+    if not isinstance(record, ArrayRecord) or set(record) != {"frame"}:
+        raise MalformedMessage("expected an ArrayRecord 'frame' with the one Array 'frame'")
+    array = record["frame"]
+    got = (array.dtype, array.stype, tuple(array.shape))
+    if got != ("uint8", FRAME_TYPE, (len(array.data),)):
+        raise MalformedMessage(
+            f"frame: expected uint8, {FRAME_TYPE!r}, shape ({len(array.data)},), "
+            f"got {shown(repr(got), 200)}"
+        )
+    return array.data

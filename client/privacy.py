@@ -1,0 +1,261 @@
+"""What a private training run promises, computed before it starts, and what runs have cost.
+
+    σ  noise_multiplier   standard deviation of the noise on the sum of gradients, over C
+    C  clipping_norm      L2 bound on one record's gradient
+    q  sample_rate        chance that a record is in a batch (Poisson sampling)
+    T  steps
+
+The unit of privacy is one record: neighbouring data sets differ by adding or removing one.
+One step is a Poisson-subsampled Gaussian mechanism. Steps compose by the numbers (σ, q, T)
+alone, over rounds and over runs; ε comes from Opacus' PRV accountant (Gopi, Lee, Wutschitz
+2021, arXiv:2106.02848), whose upper bound is taken. Full batches (q = 1) go the same way:
+the accountant's limit q → 1 is the Gaussian mechanism, whose exact composition a test compares.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from opacus.accountants import PRVAccountant
+from opacus.accountants.analysis.prv import Domain
+from opacus.accountants.analysis.rdp import compute_rdp
+from scipy.optimize import brentq
+
+from anabranch.protocols.config import Privacy, Training
+from anabranch.protocols.errors import PrivacyError
+
+Clipping = Literal["flat", "automatic"]
+
+LARGEST_EPSILON = 100.0  # beyond it an ε says nothing: infinity is reported
+LARGEST_NOISE = 1e5  # σ; more noise than this leaves nothing to learn from
+PRECISION = 1e-3  # σ is a multiple of this, rounded up
+EPSILON_ERROR = 0.01  # the accountant's default; part of the upper bound it returns
+MESH_POINTS = 1 << 21  # memory bound of one composition, about 200 MB
+ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), 128.0, 256.0, 512.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spend:
+    """Privacy spent: `steps` Poisson-subsampled Gaussian steps of one σ and q."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.noise_multiplier < math.inf):
+            raise ValueError(f"expected noise_multiplier > 0, got {self.noise_multiplier}")
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"expected sample_rate in (0, 1], got {self.sample_rate}")
+        if self.steps < 1:
+            raise ValueError(f"expected steps >= 1, got {self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpPlan:
+    """Everything that decides (ε, δ) of a run, and nothing that does not (no seed, no device)."""
+
+    noise_multiplier: float
+    clipping: Clipping
+    clipping_norm: float
+    sample_rate: float
+    steps: int  # of the whole run
+    delta: float
+    epsilon: float  # what the whole run costs, at most the budget
+
+    def __post_init__(self) -> None:
+        self.spend(self.steps)
+        for name in ("clipping_norm", "delta", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+
+    def spend(self, steps: int) -> Spend:
+        """Return what `steps` steps of this plan spend."""
+        return Spend(
+            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps
+        )
+
+
+def plan_for(privacy: Privacy, training: Training, rounds: int, num_examples: int) -> DpPlan:
+    """Return the plan with the least noise that keeps the whole run within the budget.
+
+    q = min(1, batch_size / num_examples), T = rounds × local_steps, δ = 1 / (10 num_examples)
+    unless given. The same arguments give the same plan. Raises PrivacyError if δ >= 1/n,
+    local_steps is missing, or no noise multiplier up to LARGEST_NOISE reaches ε.
+    """
+    if num_examples < 1:
+        raise PrivacyError("0 records: nothing can be trained on privately")
+    if training.local_steps is None:
+        raise PrivacyError(
+            "training.local_steps is missing: the number of noisy steps per round decides "
+            "epsilon and must be fixed in advance"
+        )
+    delta = 1 / (10 * num_examples) if privacy.delta is None else privacy.delta
+    if delta >= 1 / num_examples:
+        raise PrivacyError(
+            f"privacy.delta = {delta:g} is not below 1/n = {1 / num_examples:g} of this site's "
+            f"{num_examples} records: it would allow releasing whole records. Set it to at most "
+            f"{1 / (10 * num_examples):g}, or leave it out"
+        )
+    sample_rate = sampling_rate(training.batch_size, num_examples)
+    steps = rounds * training.local_steps
+    noise_multiplier = _calibrate(privacy.epsilon, delta, sample_rate, steps)
+    spend = Spend(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+    return DpPlan(
+        noise_multiplier=noise_multiplier,
+        clipping=privacy.clipping,
+        clipping_norm=privacy.clipping_norm,
+        sample_rate=sample_rate,
+        steps=steps,
+        delta=delta,
+        epsilon=epsilon_of([spend], delta),
+    )
+
+
+def sampling_rate(batch_size: int, num_examples: int) -> float:
+    """Return q for an expected batch of `batch_size` of `num_examples` records."""
+    return min(1.0, batch_size / num_examples)
+
+
+def epsilon_of(spends: Iterable[Spend], delta: float) -> float:
+    """Return ε such that all `spends` together are (ε, delta)-DP: an upper bound.
+
+    The order of spends and their division into rounds do not matter. Nothing spent is 0;
+    beyond LARGEST_EPSILON the result is infinity. Raises PrivacyError if the accountant
+    cannot bound it.
+    """
+    if not 0 < delta < 1:
+        raise PrivacyError(f"expected delta in (0, 1), got {delta}")
+    history = _merged(spends)
+    if not history:
+        return 0.0
+    if _rdp_epsilon(history, delta) > LARGEST_EPSILON:
+        return math.inf
+    accountant = _Accountant()
+    accountant.history = history
+    error = _mesh_error(history, delta)
+    try:
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # log(1 − q), q = 1
+            epsilon = float(accountant.get_epsilon(delta, eps_error=error))
+    except (RuntimeError, ValueError) as problem:
+        raise PrivacyError(
+            f"the PRV accountant cannot bound epsilon at delta = {delta:g} for (σ, q, steps) = "
+            f"{history}: {problem}"
+        ) from problem
+    if not math.isfinite(epsilon):
+        raise PrivacyError(
+            f"the PRV accountant gave {epsilon} at delta = {delta:g} for (σ, q, steps) = {history}"
+        )
+    return max(epsilon, 0.0)
+
+
+def require_budget(spent: Sequence[Spend], planned: Spend, *, epsilon: float, delta: float) -> None:
+    """Raise PrivacyError if `planned` after `spent` would cost more than (epsilon, delta)."""
+    total = epsilon_of([*spent, planned], delta)
+    if total > epsilon:
+        raise PrivacyError(
+            f"{planned.steps} more steps would bring epsilon to {total:.3f} at delta = {delta:g}, "
+            f"above the budget of {epsilon:g}: {sum(s.steps for s in spent)} steps are spent, "
+            "interrupted rounds included. Nothing is trained"
+        )
+
+
+class _Accountant(PRVAccountant):  # type: ignore[misc]  # Opacus has no types
+    """Opacus' accountant with a domain from our own Rényi bound.
+
+    Opacus computes the same domain with fewer orders and warns when the best one is at the
+    edge of its list; the bound holds for any order, so there is nothing to warn about.
+    """
+
+    def _get_domain(
+        self, prvs: Any, num_self_compositions: list[int], eps_error: float, delta_error: float
+    ) -> Any:
+        half = _half_width(self.history, eps_error, delta_error)
+        mesh = eps_error * _mesh_unit(self.history, delta_error)
+        return Domain.create_aligned(-half, half, mesh)
+
+
+History = list[tuple[float, float, int]]  # (σ, q, steps), as Opacus has it
+
+
+def _merged(spends: Iterable[Spend]) -> History:
+    """Return one entry per (σ, q), ascending: ε depends on the totals alone."""
+    steps: dict[tuple[float, float], int] = {}
+    for spend in spends:
+        key = (spend.noise_multiplier, spend.sample_rate)
+        steps[key] = steps.get(key, 0) + spend.steps
+    return [(sigma, q, count) for (sigma, q), count in sorted(steps.items())]
+
+
+def _rdp_epsilon(history: History, delta: float) -> float:
+    """Return the Rényi bound on ε (Balle et al. 2020, arXiv:1905.09982, theorem 21)."""
+    orders = np.asarray(ORDERS)
+    rdp = sum(steps * _rdp_of_step(sigma, q) for sigma, q, steps in history)
+    bounds = rdp - np.log(delta * orders) / (orders - 1) + np.log1p(-1 / orders)
+    valid = bounds[~np.isnan(bounds)]
+    return float(valid.min()) if valid.size else math.inf
+
+
+@functools.lru_cache(maxsize=1024)
+def _rdp_of_step(sigma: float, q: float) -> NDArray[np.float64]:
+    """Return the Rényi divergence of one step at ORDERS."""
+    with np.errstate(all="ignore"):
+        return np.asarray(compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=ORDERS))
+
+
+def _half_width(history: History, eps_error: float, delta_error: float) -> float:
+    """Return L: privacy losses are truncated to [−L, L] (Gopi et al., remark 5.6)."""
+    total = sum(steps for _, _, steps in history)
+    whole = _rdp_epsilon(history, delta_error / 4)
+    single = (_rdp_epsilon([(s, q, 1)], delta_error / (8 * total)) for s, q, _ in history)
+    return max(whole, *single, eps_error) + 3
+
+
+def _mesh_unit(history: History, delta_error: float) -> float:
+    """Return the mesh size per unit of error in ε (Gopi et al., theorem 5.5)."""
+    total = sum(steps for _, _, steps in history)
+    return 1 / math.sqrt(total * math.log(12 / delta_error) / 2)
+
+
+def _mesh_error(history: History, delta: float) -> float:
+    """Return the error in ε to allow: the default, or more where memory would run out."""
+    delta_error = delta / 1000  # the accountant's default
+    half = _half_width(history, EPSILON_ERROR, delta_error)
+    return max(EPSILON_ERROR, 2 * half / (MESH_POINTS * _mesh_unit(history, delta_error)))
+
+
+@functools.lru_cache(maxsize=256)
+def _calibrate(target: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Return the least σ, to PRECISION, with ε <= target: bracketed, then Brent's method."""
+
+    def cost(sigma: float) -> float:
+        spend = Spend(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
+        return epsilon_of([spend], delta)
+
+    def excess(log_sigma: float) -> float:  # ε falls almost like a power of σ
+        return math.log(min(cost(math.exp(log_sigma)), 2 * LARGEST_EPSILON) / target)
+
+    target = min(target, LARGEST_EPSILON)
+    high = 1.0
+    while cost(high) > target:
+        high *= 2
+        if high > LARGEST_NOISE:
+            raise PrivacyError(
+                f"privacy.epsilon = {target:g} at delta = {delta:g} cannot be reached with "
+                f"{steps} steps at sample rate {sample_rate:.4f}: take a larger epsilon, fewer "
+                "rounds or local_steps, or a smaller batch_size"
+            )
+    low = high / 2
+    while cost(low) <= target:
+        low /= 2
+    root = math.exp(brentq(excess, math.log(low), math.log(high), xtol=PRECISION / 4))
+    grid = math.ceil(root / PRECISION)
+    while cost(grid * PRECISION) > target:
+        grid += 1
+    return grid * PRECISION

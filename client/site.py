@@ -1,0 +1,205 @@
+"""A site: a folder on its owner's disk, and what it does when the coordinator asks.
+
+    site.toml        name = "cardiology", data = "records.csv", device = "cpu"
+    ledger.sqlite    privacy spent on its records, over all runs
+    site.log         what went wrong here; never sent
+
+`Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
+(private if the run says so), ledger, delta. It knows nothing of Flower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+
+from anabranch.client.data.records import Records, fingerprint, load_records, split
+from anabranch.client.ledger import Ledger
+from anabranch.client.privacy import DpPlan, plan_for, require_budget
+from anabranch.client.tuning.bases import load_classifier
+from anabranch.client.tuning.classifier import Classifier
+from anabranch.client.tuning.examples import Examples
+from anabranch.client.tuning.lora import load_adapter, read_adapter
+from anabranch.client.tuning.metrics import evaluate
+from anabranch.client.tuning.prefix import PrefixCache
+from anabranch.client.tuning.private import fit_private
+from anabranch.client.tuning.training import Fit, Schedule, fit, predict, steps_per_round
+from anabranch.protocols.adapter import Adapter, Delta
+from anabranch.protocols.config import Name, RunConfig
+from anabranch.protocols.errors import ConfigError, DataError, ModelError, PrivacyError
+from anabranch.protocols.messages import Assignment, Evaluated, Trained
+
+
+class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """site.toml."""
+
+    name: Name
+    data: Annotated[str, msgspec.Meta(min_length=1)]  # relative to the site's folder
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class Models:
+    """Base models and prefix activations of this process, shared by its sites.
+
+    Frozen weights are loaded once; each thread has an adapter, head and cache of its own.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    def classifier(self, config: RunConfig, device: str) -> Classifier:
+        """Return this thread's classifier for the model, task and LoRA of `config`."""
+        parts = (config.model, config.task, config.lora, config.data, config.seed, device)
+        key = msgspec.json.encode(parts)
+        held: dict[bytes, Classifier] = self._local.__dict__.setdefault("classifiers", {})
+        if key not in held:
+            held.clear()  # one adapted model in memory per thread
+            with self._lock:
+                held[key] = load_classifier(config, device=device)
+        return held[key]
+
+    def cache(self, config: RunConfig) -> PrefixCache:
+        """Return this thread's prefix cache of the configured size."""
+        limit = config.training.cache_bytes
+        caches: dict[int, PrefixCache] = self._local.__dict__.setdefault("caches", {})
+        return caches.setdefault(limit, PrefixCache(limit))
+
+
+MODELS = Models()
+
+
+class Site:
+    """One participant. Raises ConfigError for a wrong site.toml, naming the field."""
+
+    def __init__(self, folder: Path, models: Models = MODELS) -> None:
+        self.folder = folder
+        file = folder / "site.toml"
+        try:
+            self._file = msgspec.toml.decode(file.read_bytes(), type=SiteFile)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{file}: {error}. A site's folder holds site.toml with name and data"
+            ) from None
+        self.name = self._file.name
+        self.data = (folder / self._file.data).resolve()
+        self._models = models
+        self._records: dict[str, tuple[Records, Records]] = {}
+
+    @property
+    def ledger(self) -> Ledger:
+        """Return the site's privacy ledger; it is opened for each use, and made if absent."""
+        return Ledger(self.folder / "ledger.sqlite")
+
+    def records(self, config: RunConfig) -> tuple[Records, Records]:
+        """Return (training, held-out) records; raise DataError listing every violation."""
+        digest = config.digest()
+        if digest not in self._records:
+            records = load_records(self.data, config)
+            self._records = {digest: split(records, config.training.holdout, config.seed)}
+        return self._records[digest]
+
+    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, Delta]:
+        """Return what this site learned from `adapter` in one round.
+
+        Raises DataError (contract), IncompatibleAdapter (wrong base or shapes), PrivacyError
+        (privacy cannot be established) or ModelError (the base model changed).
+        """
+        config, started = assignment.config, time.perf_counter()
+        train, _ = self.records(config)
+        classifier = self._models.classifier(config, self._file.device)
+        load_adapter(classifier, adapter)
+        features = self._models.cache(config).prepare(classifier, train.inputs)
+        examples = Examples(features, torch.from_numpy(train.labels))
+        if config.privacy is None:
+            result = self._fit(assignment, classifier, examples)
+            done: dict[str, Any] = {"steps": result.steps, "loss": result.loss}
+        else:
+            identity = fingerprint(train)
+            plan = self._fit_private(assignment, classifier, examples, identity)
+            done = {
+                "steps": config.training.local_steps,
+                "epsilon": self.ledger.epsilon(identity, plan.delta),
+                "delta": plan.delta,
+                "noise_multiplier": plan.noise_multiplier,
+                "sample_rate": plan.sample_rate,
+            }
+        if classifier.compute_base_digest() != adapter.spec.base:
+            raise ModelError("the frozen base changed during training: nothing is sent")
+        delta = read_adapter(classifier).minus(adapter, num_examples=len(train))
+        seconds = time.perf_counter() - started
+        report = Trained(site=self.name, num_examples=len(train), seconds=seconds, **done)
+        return report, delta
+
+    def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
+        """Return metrics of `adapter` on the held-out records; refused in a private run."""
+        config = assignment.config
+        if config.privacy is not None:
+            raise PrivacyError(
+                "client evaluation would release metrics that [privacy] does not cover: set "
+                "federation.client_evaluation = false"
+            )
+        _, held = self.records(config)
+        if len(held) == 0:
+            raise DataError("no held-out records: set training.holdout above 0")
+        classifier = self._models.classifier(config, self._file.device)
+        load_adapter(classifier, adapter)
+        logits = predict(classifier, self._models.cache(config).prepare(classifier, held.inputs))
+        return Evaluated(
+            site=self.name, num_examples=len(held), metrics=evaluate(logits, held.labels)
+        )
+
+    def _fit(self, assignment: Assignment, classifier: Classifier, examples: Examples) -> Fit:
+        config = assignment.config
+        steps = steps_per_round(len(examples), config.training)
+        return fit(
+            classifier,
+            examples,
+            config.training,
+            steps=steps,
+            schedule=_schedule(assignment, steps),
+            seed=round_seed(config.seed, self.name, assignment.round),
+            proximal_mu=config.federation.proximal_mu,
+        )
+
+    def _fit_private(
+        self, assignment: Assignment, classifier: Classifier, examples: Examples, identity: str
+    ) -> DpPlan:
+        """Reserve, train, settle; return the plan. A crash in between counts as spent."""
+        config, ledger = assignment.config, self.ledger
+        assert config.privacy is not None  # train() asks only then
+        assert config.training.local_steps is not None  # RunConfig requires it with privacy
+        steps = config.training.local_steps
+        plan = plan_for(config.privacy, config.training, config.federation.rounds, len(examples))
+        spent = ledger.history(identity, assignment.run)
+        require_budget(spent, plan.spend(steps), epsilon=config.privacy.epsilon, delta=plan.delta)
+        entry = ledger.reserve(identity, assignment.run, assignment.round, plan.spend(steps))
+        done = fit_private(
+            classifier,
+            examples,
+            plan,
+            config.training,
+            steps=steps,
+            step_offset=(assignment.round - 1) * steps,
+        )
+        ledger.settle(entry, done.spend)
+        return plan
+
+
+def _schedule(assignment: Assignment, steps: int) -> Schedule:
+    return Schedule(
+        first_step=(assignment.round - 1) * steps,
+        total_steps=assignment.config.federation.rounds * steps,
+    )
+
+
+def round_seed(seed: int, site: str, round_number: int) -> int:
+    """Return the seed of one site's shuffling in one round: the same on every engine."""
+    text = f"{seed}/{site}/{round_number}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")

@@ -1,0 +1,1 @@
+"""LoRA on a frozen base model: layers, bases, training, DP-SGD, PEFT folders."""

@@ -1,0 +1,172 @@
+"""One client's local training, without privacy: epochs over prepared examples, in place.
+
+Notation: w trainable values, w_t the adapter received in round t, μ the FedProx weight.
+
+    minimise  F(w) + μ/2 · ‖w − w_t‖²        (FedProx; Li et al. 2020, arXiv:1812.06127, eq. 2)
+
+Examples hold the classifier's prefix output, so an epoch costs the trainable part alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from anabranch.client.tuning.classifier import Classifier
+from anabranch.client.tuning.examples import Examples, collate
+from anabranch.client.tuning.lora import HEAD, trainable_parameters
+from anabranch.client.tuning.schedule import learning_rate_factor
+from anabranch.protocols.config import Training
+from anabranch.protocols.errors import RunError
+
+BUCKET = 8  # batches that are sorted by length together: less padding, order still random
+PREDICT_BATCH = 64  # records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Where this round's steps stand in the whole run."""
+
+    first_step: int = 0
+    total_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a round of local training did."""
+
+    steps: int
+    loss: float  # mean cross-entropy over the records of the last epoch
+    seconds: float
+
+
+def steps_per_round(num_examples: int, training: Training) -> int:
+    """Return the optimiser steps of one round on a site with `num_examples` records."""
+    if training.local_steps is not None:
+        return training.local_steps
+    return training.local_epochs * math.ceil(num_examples / training.batch_size)
+
+
+def fit(
+    classifier: Classifier,
+    examples: Examples,
+    training: Training,
+    *,
+    steps: int,
+    schedule: Schedule,
+    seed: int,
+    proximal_mu: float = 0.0,
+) -> Fit:
+    """Train `classifier` in place for `steps` steps; raise RunError if the loss is not finite."""
+    started = time.perf_counter()
+    device = classifier.device
+    optimizer = make_optimizer(classifier, training)
+    parameters = list(trainable_parameters(classifier).values())
+    anchor = [p.detach().clone() for p in parameters] if proximal_mu else []
+    weights = class_weights(examples.labels, classifier.num_labels, training)
+    batches = _batches(examples, training.batch_size, np.random.default_rng(seed))
+    epoch = math.ceil(len(examples) / training.batch_size)
+    losses: list[tuple[float, int]] = []
+    for step in range(steps):
+        batch = examples.take(next(batches))
+        features, mask = collate(batch.features)
+        labels = batch.labels.to(device)
+        logits = classifier(features.to(device), None if mask is None else mask.to(device))
+        loss = weighted_cross_entropy(logits, labels, weights)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for p, p_t in zip(parameters, anchor, strict=False):
+            if p.grad is not None:
+                p.grad.add_(p.detach() - p_t, alpha=proximal_mu)  # ∇ of μ/2 ‖w − w_t‖²
+        if training.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        _set_rate(optimizer, training, schedule, step)
+        optimizer.step()
+        losses.append((float(loss.detach()), len(labels)))
+        if not math.isfinite(losses[-1][0]):
+            raise RunError(
+                f"training loss is {losses[-1][0]} at step {step + 1} of {steps}: lower "
+                f"training.learning_rate (now {training.learning_rate}) or set max_grad_norm"
+            )
+    last = losses[-epoch:]
+    mean = sum(x * n for x, n in last) / sum(n for _, n in last)
+    return Fit(steps=steps, loss=mean, seconds=time.perf_counter() - started)
+
+
+def predict(classifier: Classifier, features: Sequence[Tensor]) -> NDArray[np.float32]:
+    """Return logits (n, labels) of prepared features, in their order."""
+    device = classifier.device
+    order = sorted(range(len(features)), key=lambda i: len(features[i]))
+    result = np.zeros((len(features), classifier.num_labels), np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(order), PREDICT_BATCH):
+            chosen = order[start : start + PREDICT_BATCH]
+            x, mask = collate([features[i] for i in chosen])
+            logits = classifier(x.to(device), None if mask is None else mask.to(device))
+            result[chosen] = logits.float().cpu().numpy()
+    return result
+
+
+def make_optimizer(classifier: Classifier, training: Training) -> torch.optim.Optimizer:
+    """Return the configured optimiser with fresh state; the head has its own learning rate."""
+    head_rate = training.head_learning_rate or training.learning_rate
+    named = trainable_parameters(classifier)
+    head = [p for name, p in named.items() if name.startswith(f"{HEAD}.")]
+    rest = [p for name, p in named.items() if not name.startswith(f"{HEAD}.")]
+    rates = ((rest, training.learning_rate), (head, head_rate))
+    groups = [{"params": params, "lr": rate} for params, rate in rates if params]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+    return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+
+
+def class_weights(labels: Tensor, num_labels: int, training: Training) -> Tensor | None:
+    """Return one factor per label: n / (k · n_c) if balanced, the configured ones, or None."""
+    if training.class_weights == "none":
+        return None
+    if training.class_weights == "balanced":
+        counts = torch.bincount(labels, minlength=num_labels).float()
+        present = counts > 0
+        return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0.0)
+    return torch.tensor(training.class_weights)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Return Σ w_{y_i} ℓ_i / Σ w_{y_i} over the batch (the plain mean without weights)."""
+    if weights is None:
+        return functional.cross_entropy(logits, labels)
+    return functional.cross_entropy(logits, labels, weight=weights.to(logits.device))
+
+
+def _set_rate(
+    optimizer: torch.optim.Optimizer, training: Training, schedule: Schedule, step: int
+) -> None:
+    factor = learning_rate_factor(
+        schedule.first_step + step, schedule.total_steps, training.warmup, training.schedule
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def _batches(examples: Examples, batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yield indices for ever: every epoch a new order, records of like length together."""
+    lengths = np.array([len(feature) for feature in examples.features])
+    while True:
+        order = rng.permutation(len(examples))
+        chunks = []
+        for start in range(0, len(order), batch_size * BUCKET):
+            bucket = order[start : start + batch_size * BUCKET]
+            bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+            chunks += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+        for i in rng.permutation(len(chunks)):
+            yield chunks[i].tolist()

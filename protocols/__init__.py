@@ -1,0 +1,1 @@
+"""What crosses a boundary: adapters, wire format, run configuration, messages. No I/O."""

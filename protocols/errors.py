@@ -1,0 +1,56 @@
+"""Every mistake that a user or a peer can make, as one tree.
+
+AnabranchError           a sentence the user can act on; safe to show and to send
+├── ConfigError          a run, experiment or site file is wrong
+├── DataError            records break the data contract
+├── ModelError           a base model or adapter folder cannot be used
+├── PrivacyError         privacy cannot be established: nothing may leave
+├── RunError             a federated run cannot go on (quorum, engine, store)
+├── ReleaseError         a release failed its own checks
+└── ProtocolError        a peer broke the protocol; drop the peer
+    ├── MalformedMessage     the bytes do not follow docs/wire-format.md
+    └── IncompatibleAdapter  well-formed, but for another adapter (base, names, shapes)
+
+Messages name the thing, the value, what was expected and the next step, and never hold
+the content of a record: they are sent to the coordinator as they are.
+"""
+
+
+class AnabranchError(Exception):
+    """Base of all errors whose text is meant for the user."""
+
+
+class ConfigError(AnabranchError):
+    """A configuration file is wrong."""
+
+
+class DataError(AnabranchError):
+    """Records break the data contract, or a data file cannot be read."""
+
+
+class ModelError(AnabranchError):
+    """A base model or adapter folder cannot be used."""
+
+
+class PrivacyError(AnabranchError):
+    """Privacy cannot be established: nothing may leave."""
+
+
+class RunError(AnabranchError):
+    """A federated run cannot go on."""
+
+
+class ReleaseError(AnabranchError):
+    """A release failed its own checks."""
+
+
+class ProtocolError(AnabranchError):
+    """A peer broke the protocol. Safe to catch, log, and drop the peer."""
+
+
+class MalformedMessage(ProtocolError):
+    """The bytes do not follow docs/wire-format.md."""
+
+
+class IncompatibleAdapter(ProtocolError):
+    """An adapter for another base model, or with other names or shapes."""

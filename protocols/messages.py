@@ -1,0 +1,79 @@
+"""What coordinator and client say to each other in a round, beside the adapter itself.
+
+The adapter or delta travels as one frame (docs/wire-format.md); these structs travel as
+JSON beside it. Decoders refuse unknown fields.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from anabranch.protocols.config import NotNegative, RunConfig, not_finite
+from anabranch.protocols.errors import ConfigError, MalformedMessage
+
+MAX_JSON = 4 << 20  # bytes
+
+Reason = Literal["config", "data", "model", "privacy", "protocol", "internal"]
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Train (or evaluate) the adapter that comes with this message."""
+
+    run: str  # identity of the run
+    round: Annotated[int, msgspec.Meta(ge=1)]
+    config: RunConfig
+
+
+class Trained(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Comes back with a delta. In a private run nothing here is computed from the records
+    except `num_examples`, which is listed as not covered.
+    """
+
+    site: str
+    num_examples: Annotated[int, msgspec.Meta(ge=0)]
+    steps: Annotated[int, msgspec.Meta(ge=0)]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    loss: float | None = None  # mean training loss of the last epoch; None in a private run
+    epsilon: NotNegative | None = None  # spent on this data set so far, all runs composed
+    delta: NotNegative | None = None
+    noise_multiplier: NotNegative | None = None
+    sample_rate: NotNegative | None = None
+
+
+class Evaluated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Metrics of the adapter on a site's held-out records."""
+
+    site: str
+    num_examples: Annotated[int, msgspec.Meta(ge=0)]
+    metrics: dict[str, float]
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The client did not do it, and why: a safe sentence, never a record's content."""
+
+    site: str
+    reason: Reason
+    message: str
+
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Return the JSON of a message; ValueError for NaN or infinity, which JSON cannot carry."""
+    bad = not_finite(message)
+    if bad is not None:
+        raise ValueError(f"{type(message).__name__}.{bad} is NaN or infinite: leave it out")
+    return msgspec.json.encode(message)
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """Return the message, or raise MalformedMessage saying what is wrong with it."""
+    if len(data) > MAX_JSON:
+        raise MalformedMessage(f"{kind.__name__}: {len(data)} bytes, at most {MAX_JSON} allowed")
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
+        raise MalformedMessage(f"{kind.__name__}: {error}") from None
