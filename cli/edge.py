@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anabranch.cli.output import Json, emit, table
+
+
+class Precision(StrEnum):
+    """The models of a release."""
+
+    int8 = "int8"
+    fp32 = "fp32"
+
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run models on a device.")
 
@@ -20,23 +29,22 @@ def infer(
         list[str] | None, typer.Argument(help="Texts to classify; without any, lines of stdin.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels shown per text.")] = 1,
-    model: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
+    precision: Annotated[Precision, typer.Option(help="Which of the release's models.")] = (
+        Precision.int8
+    ),
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     as_json: Json = False,
 ) -> int:
     """Classify texts with a release's ONNX model; every file is verified first."""
-    from anabranch.edge.runtime.classify import open_release
+    from anabranch.edge.runtime.classify import Model
 
     texts = text or [line.strip() for line in sys.stdin if line.strip()]
-    classifier = open_release(release, model=model, threads=threads)
+    model = Model.open(release, precision=precision.value, threads=threads)
+    ranked = list(zip(texts, model.ranked(texts, top=top), strict=True))
     results = [
-        {"text": one, "labels": [{"label": name, "probability": p} for name, p in ranked[:top]]}
-        for one, ranked in zip(texts, classifier.classify(texts), strict=True)
+        {"text": one, "labels": [{"label": name, "probability": p} for name, p in labels]}
+        for one, labels in ranked
     ]
-    rows = [
-        [label["label"], f"{label['probability']:.2f}", result["text"]]
-        for result in results
-        for label in result["labels"]
-    ]
+    rows = [[name, f"{p:.2f}", one] for one, labels in ranked for name, p in labels]
     emit({"results": results}, table(["label", "p", "text"], rows), as_json=as_json)
     return 0

@@ -23,13 +23,14 @@ def demo(
 ) -> int:
     """Four hospitals learn clinical coding under differential privacy; takes minutes."""
     from anabranch.simulations.demo.run import EXAMPLES, run_demo
-    from anabranch.simulations.demo.table import as_text
+    from anabranch.simulations.demo.table import facts_of, rows_of
 
     with Progress() as progress:
         summary, coded = run_demo(
             output or _folder("demo"), seed=seed, threads=threads, progress=progress
         )
-    lines = [as_text(summary), "", "The int8 model, without torch, codes:"]
+    lines = [table(["", "accuracy %", "macro-F1 %"], rows_of(summary)), "", *facts_of(summary)]
+    lines += ["", "The int8 model, without torch, codes:"]
     rows = [[text, label, f"{p:.2f}"] for text, (label, p) in zip(EXAMPLES, coded, strict=True)]
     lines.append(table(["text", "chapter", "p"], rows))
     folder = summary["folder"]

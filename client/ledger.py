@@ -6,11 +6,11 @@ A spend is written before training and stays, whatever happens then:
                    └───────► withdraw ► withdrawn      not counted: no step was taken
 
 A crash between reserve and settle leaves `reserved`, which counts: the update may have left.
-The same round reserved again counts again. Spends belong to a data set (its fingerprint),
-not to a run. A file that cannot be read, or is no ledger, stops all private training; a file
-that was deleted cannot be told from a new one, so it belongs in the site's backup. Records
-that appear in two data sets (a site that grew) have two fingerprints: what they spent is at
-most `epsilon` of both together, which the ledger does not add up.
+The same round reserved again counts again. Each spend names the data set (its fingerprint)
+and the run, but `epsilon` composes all of a site's spends: neither a new run nor records that
+were added, reordered or read with another configuration start again at 0. A file that cannot
+be read, or is no ledger, stops all private training; a file that was deleted cannot be told
+from a new one, so it belongs in the site's backup.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ CREATE TABLE spends (
     steps INTEGER NOT NULL CHECK (steps >= 1),
     state TEXT NOT NULL CHECK (state IN ('reserved', 'settled', 'withdrawn'))
 ) STRICT;
-CREATE INDEX spends_by_fingerprint ON spends (fingerprint);
 """
 
 
@@ -106,25 +105,25 @@ class Ledger:
             if changed != 1:
                 raise PrivacyError(f"{self.path}: entry {entry} is not open, it stays counted")
 
-    def history(self, fingerprint: str, run: str | None = None) -> list[Spend]:
-        """Return what the data set has spent, oldest first; of one run only, if `run` is given."""
+    def history(self, run: str | None = None) -> list[Spend]:
+        """Return what the site's records have spent, oldest first; of one run, if `run` is given."""
         with self._transaction() as db:
             rows = db.execute(
-                "SELECT noise_multiplier, sample_rate, steps FROM spends WHERE fingerprint = ? "
-                "AND (run = ? OR ? IS NULL) AND state <> 'withdrawn' ORDER BY id",
-                (fingerprint, run, run),
+                "SELECT noise_multiplier, sample_rate, steps FROM spends "
+                "WHERE (run = ? OR ? IS NULL) AND state <> 'withdrawn' ORDER BY id",
+                (run, run),
             ).fetchall()
         try:
             return [Spend(noise_multiplier=s, sample_rate=q, steps=t) for s, q, t in rows]
         except ValueError as error:
             raise PrivacyError(
-                f"{self.path}: an entry is not what a ledger holds ({error}). Private training "
-                "stops; restore it from a backup"
+                f"{self.path}: not what a ledger holds ({error}). Private training stops; restore "
+                "the ledger from a backup"
             ) from None
 
-    def epsilon(self, fingerprint: str, delta: float) -> float:
-        """Return ε at `delta` of everything the data set has spent, all runs composed."""
-        return epsilon_of(self.history(fingerprint), delta)
+    def epsilon(self, delta: float) -> float:
+        """Return ε at `delta` of everything the site's records have spent, all runs composed."""
+        return epsilon_of(self.history(), delta)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -121,11 +121,10 @@ class Site:
             result = self._fit(assignment, classifier, examples)
             done: dict[str, Any] = {"steps": result.steps, "loss": result.loss}
         else:
-            identity = fingerprint(train)
-            plan = self._fit_private(assignment, classifier, examples, identity)
+            plan = self._fit_private(assignment, classifier, examples, fingerprint(train))
             done = {
                 "steps": config.training.local_steps,
-                "epsilon": self.ledger.epsilon(identity, plan.delta),
+                "epsilon": self.ledger.epsilon(plan.delta),
                 "delta": plan.delta,
                 "noise_multiplier": plan.noise_multiplier,
                 "sample_rate": plan.sample_rate,
@@ -177,7 +176,7 @@ class Site:
         assert config.training.local_steps is not None  # RunConfig requires it with privacy
         steps = config.training.local_steps
         plan = plan_for(config.privacy, config.training, config.federation.rounds, len(examples))
-        spent = ledger.history(identity, assignment.run)
+        spent = ledger.history(assignment.run)
         require_budget(spent, plan.spend(steps), epsilon=config.privacy.epsilon, delta=plan.delta)
         entry = ledger.reserve(identity, assignment.run, assignment.round, plan.spend(steps))
         done = fit_private(

@@ -246,3 +246,7 @@ def _check_private(config: RunConfig) -> None:
             'training.class_weights = "balanced" is computed from the records and '
             "would not be covered by [privacy]: give one fixed number per label"
         )
+    if config.federation.proximal_mu:
+        raise ConfigError(
+            "federation.proximal_mu is not part of private training: leave it out with [privacy]"
+        )

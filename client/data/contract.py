@@ -21,8 +21,8 @@ name are dropped. A label is never optional.
 
 A violation's message names rows, rules and what the contract allows, never what a record
 holds, so it can be sent to the coordinator; what the cells hold is kept beside it, in
-`values`, for the eyes of whoever may see the records. One exception: an image that cannot
-be read is named by its file name, since nobody finds it by number.
+`values`, for the eyes of whoever may see the records. The name of an image file is such a
+value: files are named after people.
 """
 
 from __future__ import annotations
@@ -270,11 +270,10 @@ def _image(cell: Cell, folder: Path, config: RunConfig) -> NDArray[np.float32]:
     if not isinstance(cell, str | Path | bytes):
         raise _Broken("type", f"expected an image, got {_type_of(cell)}")
     image = folder / cell if isinstance(cell, str) else cell
-    name = "" if isinstance(image, bytes) else f" {image.name!r}"
     try:
         return decode(image, channels=config.model.channels, size=config.model.image_size)
     except UnreadableImage as error:
-        raise _Broken("image", f"image{name} cannot be read ({error})") from None
+        raise _Broken("image", f"the image cannot be read ({error})") from None
 
 
 def _type_of(cell: Cell) -> str:

@@ -199,7 +199,7 @@ def _read_parquet(path: Path) -> Table:
     with path.open("rb") as file:
         try:
             table = parquet.ParquetFile(file).read()
-        except (pyarrow.ArrowException, OSError) as error:
+        except Exception as error:  # noqa: BLE001 -- pyarrow has no one error for damaged bytes
             _refuse(path, f"not a complete Parquet file ({type(error).__name__}); write it again")
     names = table.column_names
     if len(set(names)) != len(names):

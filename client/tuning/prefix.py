@@ -90,7 +90,9 @@ class PrefixCache:
             if not self._store(features, batch, self._compute(features, batch)):
                 self._warn(len(encoded))
                 return features
-        return features.take(range(len(encoded)))
+        self._hits += len(encoded) - len(missing)
+        entries = self._entries.get(features.prefix_id, {})
+        return [entries[key] for key in features.keys]
 
     def take(self, features: Features, indices: Sequence[int]) -> list[Tensor]:
         """Return outputs at `indices`: cached ones, and what is missing computed in batches."""

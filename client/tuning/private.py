@@ -6,7 +6,7 @@ One step (Abadi et al. 2016, arXiv:1607.00133, algorithm 1), over n records:
     g_i = ∇ w_{y_i} ℓ_i                                     one record's gradient
     ḡ_i = g_i · min(1, C / ‖g_i‖)                           clipping "flat"
         = g_i · C / (‖g_i‖ + 0.01)                          clipping "automatic" (AUTO-S; Bu et
-                                                            al. 2022, arXiv:2206.07136, eq. 3.1)
+                                                            al. 2022, arXiv:2206.07136)
     g̃ = (Σ_{i in B} ḡ_i + σC · N(0, 1)) / (q n)            then SGD or AdamW
 
 The norm runs over all trainable tensors together. The class weight w_{y_i} is fixed in

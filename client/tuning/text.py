@@ -13,7 +13,6 @@ up to 64 tokens, and it exports to a clean graph.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -25,8 +24,6 @@ from torch import Tensor, nn
 
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.protocols.errors import ModelError
-
-log = logging.getLogger(__name__)
 
 CUT_BETWEEN_LAYERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"})
 POOLER = "pooler"  # BERT's own pooling layer is not used, and removed
@@ -70,10 +67,6 @@ class TextClassifier(Classifier):
             function=f"{pooling}:{self.unit_features}:{self.config.to_json_string()}",
         )
         _require_room(base, max_tokens)
-        if not self.cuts:
-            log.info(
-                "%s is not of the BERT family: with LoRA nothing is cached", self.config.model_type
-            )
 
     @property
     def num_stages(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anabranch.client.tuning.classifier import Classifier
-from anabranch.client.tuning.examples import Examples, collate
+from anabranch.client.tuning.examples import Examples, collate, fetch, lengths
 from anabranch.client.tuning.lora import HEAD, trainable_parameters
 from anabranch.client.tuning.schedule import learning_rate_factor
 from anabranch.protocols.config import Training
@@ -104,12 +104,13 @@ def fit(
 def predict(classifier: Classifier, features: Sequence[Tensor]) -> NDArray[np.float32]:
     """Return logits (n, labels) of prepared features, in their order."""
     device = classifier.device
-    order = sorted(range(len(features)), key=lambda i: len(features[i]))
+    sizes = lengths(features)
+    order = sorted(range(len(features)), key=lambda i: sizes[i])
     result = np.zeros((len(features), classifier.num_labels), np.float32)
     with torch.inference_mode():
         for start in range(0, len(order), PREDICT_BATCH):
             chosen = order[start : start + PREDICT_BATCH]
-            x, mask = collate([features[i] for i in chosen])
+            x, mask = collate(fetch(features, chosen))
             logits = classifier(x.to(device), None if mask is None else mask.to(device))
             result[chosen] = logits.float().cpu().numpy()
     return result
@@ -160,13 +161,13 @@ def _set_rate(
 
 def _batches(examples: Examples, batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
     """Yield indices for ever: every epoch a new order, records of like length together."""
-    lengths = np.array([len(feature) for feature in examples.features])
+    sizes = np.array(lengths(examples.features))
     while True:
         order = rng.permutation(len(examples))
         chunks = []
         for start in range(0, len(order), batch_size * BUCKET):
             bucket = order[start : start + batch_size * BUCKET]
-            bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+            bucket = bucket[np.argsort(sizes[bucket], kind="stable")]
             chunks += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
         for i in rng.permutation(len(chunks)):
             yield chunks[i].tolist()

@@ -1,0 +1,1 @@
+"""Devices: run and personalise without torch; export what they run."""

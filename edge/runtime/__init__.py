@@ -1,0 +1,1 @@
+"""On the device: numpy and onnxruntime, no torch."""

@@ -1,0 +1,1 @@
+"""Names the installed package to Flower."""

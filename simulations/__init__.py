@@ -1,0 +1,1 @@
+"""Whole federations on one machine: in-process Grid, experiments, the demo."""

@@ -1,0 +1,1 @@
+"""Clinical coding by four hospitals, end to end."""

@@ -1,0 +1,44 @@
+"""The demo's table in words: rows of a summary, no computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = {
+    "majority": "majority class",
+    "linear_probe": "linear probe on frozen embeddings",
+    "local_mean": "hospitals alone, mean",
+    "federated": "federated",
+    "federated_dp": "federated with DP",
+    "pooled": "pooled (upper bound)",
+}
+
+
+def rows_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return [name, accuracy, macro-F1] in the order of the table, percent with one decimal."""
+    accuracy, macro_f1 = summary["accuracy"], summary["macro_f1"]
+    alone = {n: f"alone: {n.removeprefix('local.')}" for n in accuracy if n.startswith("local.")}
+    order = {**NAMES, **alone}
+    keys = ["majority", "linear_probe", *alone, "local_mean", "federated_dp", "federated", "pooled"]
+    rows = []
+    for key in keys:
+        name = order[key]
+        if key == "federated_dp":
+            name += f", epsilon = {summary['target_epsilon']:g}"
+        rows.append([name, f"{100 * accuracy[key]:.1f}", f"{100 * macro_f1[key]:.1f}"])
+    return rows
+
+
+def facts_of(summary: Mapping[str, Any]) -> list[str]:
+    """Return what stands under the table."""
+    release = summary["release"]
+    spent = ", ".join(f"{name} {e:.2f}" for name, e in summary["epsilon"].items())
+    return [
+        f"epsilon spent: {spent}",
+        f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down, "
+        f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
+        f"release: int8 {release['int8_bytes'] / 1e6:.1f} MB of {release['fp32_bytes'] / 1e6:.1f} "
+        f"MB fp32, accuracy {100 * release['int8_accuracy']:.1f} of "
+        f"{100 * release['fp32_accuracy']:.1f}, {release['int8_latency_ms']:.1f} ms a text",
+    ]

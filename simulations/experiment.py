@@ -1,0 +1,158 @@
+"""A federation on one machine, from its files to its run folder: `anabranch simulate`.
+
+    experiment.toml     run = "run.toml"             the run all parties agree on
+                        engine = "sequential"        or "flower" (Ray)
+                        validation = "dev.csv"       the coordinator's: chooses the best round
+                        test = "test.csv"            the coordinator's: touched once, at the end
+                        [sites]
+                        north = "north.csv"          name = data file, relative to this file
+
+Sites get folders of their own inside the run folder, with a fresh privacy ledger each: what
+is spent here is not charged to the ledger of a real site.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from anabranch.client.data.records import Records, load_records
+from anabranch.client.files import read_run, write_atomic
+from anabranch.protocols.config import Count, Name, RunConfig
+from anabranch.protocols.errors import ConfigError, DataError
+from anabranch.server.evaluation import evaluator, initial_adapter
+from anabranch.server.result import Result
+from anabranch.server.store import RunFolder
+from anabranch.simulations import engines
+
+OnEvent = Callable[..., None]
+
+
+class ExperimentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """experiment.toml."""
+
+    run: str
+    sites: dict[Name, str]
+    engine: engines.Engine = "sequential"
+    workers: Count = 1  # clients that train at a time
+    validation: str | None = None
+    test: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment with its files found and its run configuration read."""
+
+    config: RunConfig
+    run_toml: bytes
+    sites: Mapping[str, Path]
+    engine: engines.Engine = "sequential"
+    workers: int = 1
+    validation: Path | None = None
+    test: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federated:
+    """A finished federation, before its release."""
+
+    run: str
+    config: RunConfig
+    folder: RunFolder
+    result: Result
+    label_counts: dict[str, list[int]] = field(default_factory=dict)
+
+
+def load(path: Path) -> Experiment:
+    """Read experiment.toml and its run.toml; raise ConfigError naming file and field."""
+    try:
+        file = msgspec.toml.decode(path.read_bytes(), type=ExperimentFile)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not file.sites:
+        raise ConfigError(f"{path}: [sites] is empty: name at least one site and its data file")
+    folder = path.parent
+    run = folder / file.run
+    return Experiment(
+        config=read_run(run),
+        run_toml=run.read_bytes(),
+        sites={name: folder / data for name, data in sorted(file.sites.items())},
+        engine=file.engine,
+        workers=file.workers,
+        validation=None if file.validation is None else folder / file.validation,
+        test=None if file.test is None else folder / file.test,
+    )
+
+
+def federate(
+    experiment: Experiment, folder: RunFolder, on_event: OnEvent | None = None
+) -> Federated:
+    """Run all rounds and return the result; everything is written to `folder` as it happens.
+
+    Raises DataError listing the violations of every site before anything trains, and what
+    engines.run raises.
+    """
+    config = experiment.config
+    records = _check_all(experiment)
+    validation = None
+    if experiment.validation is not None:
+        validation = load_records(experiment.validation, config)
+    run = f"{config.name}-{secrets.token_hex(4)}"
+    sites = {name: _site(folder.path, name, data) for name, data in experiment.sites.items()}
+
+    def event(kind: str, **fields: Any) -> None:
+        folder.event(kind, **fields)
+        if on_event is not None:
+            on_event(kind, **fields)
+
+    event(
+        "run_started",
+        run=run,
+        config=config.digest(),
+        sites=list(sites),
+        rounds=config.federation.rounds,
+        engine=experiment.engine,
+    )
+    result = engines.run(
+        experiment.engine,
+        config,
+        sites,
+        initial_adapter(config),
+        run_name=run,
+        workers=experiment.workers,
+        evaluate=None if validation is None else evaluator(config, validation),
+        checkpoint=folder.checkpoint,
+        event=event,
+    )
+    counts = {
+        name: one.label_counts(len(config.task.labels)).tolist() for name, one in records.items()
+    }
+    return Federated(run=run, config=config, folder=folder, result=result, label_counts=counts)
+
+
+def _check_all(experiment: Experiment) -> dict[str, Records]:
+    """Return every site's records, or raise one DataError with what all of them break."""
+    records: dict[str, Records] = {}
+    problems: list[str] = []
+    for name, data in experiment.sites.items():
+        try:
+            records[name] = load_records(data, experiment.config)
+        except DataError as error:
+            problems.append(f"site {name}: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return records
+
+
+def _site(run: Path, name: str, data: Path) -> Path:
+    """Write the site's folder inside the run folder and return it."""
+    folder = run / "sites" / name
+    text = f"name = {msgspec.json.encode(name).decode()}\n"
+    text += f"data = {msgspec.json.encode(str(data.resolve())).decode()}\n"
+    write_atomic(folder / "site.toml", text.encode())
+    return folder

@@ -1,0 +1,194 @@
+"""A Flower Grid in this process: no server, no sockets, no Ray.
+
+The round engine and any Flower strategy run on it unchanged. It behaves as Flower does where
+that matters: a client gets its own copy of a message's records (Flower's mods change them in
+place), keeps one Context between messages, and an exception becomes an error reply.
+
+This is the only module that touches what is private to Flower (TaskIdentity, ids in a
+message's metadata, the telemetry switch); a new release of Flower is checked against it first.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from copy import copy
+from queue import SimpleQueue
+from uuid import uuid4
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore import telemetry
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+# What Flower, uv and Ray would send or fetch, switched off: a run talks to its sites only.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray is going to do anyway; it warns else
+}
+
+
+def quiet() -> None:
+    """Switch off telemetry, update check and run-time installation in this process."""
+    os.environ.update(QUIET)
+    telemetry.FLWR_TELEMETRY_ENABLED = "0"  # read from the environment when it was imported
+
+
+class InProcessGrid(Grid):
+    """Runs `client_app` once per message in `workers` threads.
+
+    `sites[i]` is given to client i as `context.node_config["site"]`, with "partition-id" i and
+    "num-partitions", as Flower's Simulation Runtime names them.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        sites: Sequence[str],
+        *,
+        workers: int = 1,
+        node_ids: Sequence[int] | None = None,
+    ) -> None:
+        if workers < 1 or len(sites) < 1:
+            raise ValueError(f"expected sites and workers, got {len(sites)} and {workers}")
+        self._app = client_app
+        ids = list(node_ids) if node_ids is not None else list(range(1001, 1001 + len(sites)))
+        self._run = Run.create_empty(run_id=1)
+        _identify(self._run)
+        self._contexts = {
+            node: Context(
+                run_id=self._run.run_id,
+                node_id=node,
+                node_config={"site": site, "partition-id": i, "num-partitions": len(sites)},
+                state=RecordDict(),
+                run_config={},
+            )
+            for i, (node, site) in enumerate(zip(ids, sites, strict=True))
+        }
+        self._replies: dict[str, Future[Message]] = {}
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # Daemon threads: a client that never answers must not keep the process from ending.
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Let the threads end when their present message is done."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def __enter__(self) -> InProcessGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def set_run(self, run: Run) -> None:
+        """Take another run's identity, as Flower's runtime does before a ServerApp starts."""
+        self._run = run
+        _identify(run)
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message; deprecated by Flower, which still asks every Grid for it."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of all clients."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Hand every message to its client's queue; return the ids to pull replies by."""
+        ids = []
+        for message in messages:
+            number = _number(message)
+            ids.append(number)
+            reply: Future[Message] = Future()
+            self._replies[number] = reply
+            self._queue.put(lambda m=message, r=reply: r.set_result(self._handle(m)))  # type: ignore[misc]
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are there, each once; never wait."""
+        ready = [i for i in message_ids if i in self._replies and self._replies[i].done()]
+        return [self._replies.pop(i).result() for i in ready]
+
+    def wait(self, message_ids: Iterable[str], timeout_s: float | None = None) -> None:
+        """Block until these messages have been answered, or `timeout_s` has passed."""
+        wait([self._replies[i] for i in message_ids if i in self._replies], timeout=timeout_s)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Push, wait for all replies or until `timeout` seconds have passed, and pull."""
+        ids = self.push_messages(messages)
+        self.wait(ids, timeout)
+        return self.pull_messages(ids)
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            job()
+
+    def _handle(self, message: Message) -> Message:
+        try:
+            context = self._contexts[message.metadata.dst_node_id]
+            reply = self._app(_own_copy(message), context)
+        except Exception as error:  # noqa: BLE001 - as Flower does: a client's error is a reply
+            text = f"{type(error)}:<'{error}'>"
+            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            reply = Message(Error(code=code, reason=text), reply_to=message)
+        _number(reply)
+        return reply
+
+
+def _identify(run: Run) -> None:
+    """Say who this process is; a Message cannot be made without it."""
+    TaskIdentity.run_id = run.run_id
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+    TaskIdentity.task_id = 1
+
+
+def _number(message: Message) -> str:
+    """Give a message the id that a SuperLink would give it."""
+    number = str(uuid4())
+    message.metadata.__dict__["_message_id"] = number
+    return number
+
+
+def _own_copy(message: Message) -> Message:
+    """Return the same message around records of its own; arrays' bytes are shared."""
+    own = copy(message)
+    own.__dict__["_metadata"] = copy(message.metadata)
+    records = message.content
+    arrays = {name: ArrayRecord(dict(r)) for name, r in records.array_records.items()}
+    metrics = {name: MetricRecord(dict(r)) for name, r in records.metric_records.items()}
+    configs = {name: ConfigRecord(dict(r)) for name, r in records.config_records.items()}
+    own.content = RecordDict({**arrays, **metrics, **configs})
+    return own

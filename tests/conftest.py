@@ -1,0 +1,24 @@
+"""What all tests share: no network, no time limits on generated examples, and real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A busy machine is not a wrong answer: pytest's own timeout ends what hangs.
+settings.register_profile("anabranch", deadline=None)
+settings.load_profile("anabranch")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of public data sets; a missing one is a failure, never a skip."""
+    folder = Path(os.environ.get("ANABRANCH_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "README.md").is_file():
+        pytest.fail(f"{folder} holds no data sets: set ANABRANCH_DATA to the folder that does")
+    return folder.resolve()

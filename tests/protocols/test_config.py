@@ -1,0 +1,276 @@
+import json
+from collections.abc import Callable
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.protocols.config import ColumnType, Contract, RunConfig, not_finite, parse
+from anabranch.protocols.errors import ConfigError
+
+MINIMAL = """
+name = "chest-clinic"
+
+[task]
+kind = "text-classification"
+labels = ["asthma", "other"]
+
+[data.columns]
+note = { type = "text" }
+code = { type = "label" }
+
+[model]
+base = "minilm"
+
+[federation]
+rounds = 5
+"""
+
+TABLE: dict[str, Any] = {
+    "name": "heart",
+    "task": {"kind": "tabular-classification", "labels": ["no", "yes", "unknown"]},
+    "data": {
+        "columns": {
+            "sex": {"type": "category", "values": ["f", "m"]},
+            "age": {"type": "number", "min": 0, "max": 120, "mean": 54.5, "std": 9},
+            "ill": {"type": "label"},
+        },
+        "forbidden": ["name", "born"],
+        "min_rows": 50,
+    },
+    "model": {"base": "mlp", "hidden": [16, 8]},
+    "federation": {"rounds": 20, "cohort": 4, "quorum": 3, "deadline_s": 60},
+    "lora": {"rank": 0, "layers": "last:2"},
+    "training": {"local_steps": 10, "class_weights": [1, 2.5, 1], "max_grad_norm": None},
+    "privacy": {"epsilon": 8, "delta": 1e-4, "clipping": "automatic"},
+    "seed": 7,
+}
+
+
+def table(**changes: Any) -> dict[str, Any]:
+    """TABLE with values replaced; `training__seed=1` reaches into a section."""
+    document: dict[str, Any] = json.loads(json.dumps(TABLE))
+    for path, value in changes.items():
+        *sections, field = path.split("__")
+        place = document
+        for section in sections:
+            place = place[section]
+        place[field] = value
+    return document
+
+
+def read(document: dict[str, Any]) -> RunConfig:
+    """Return what a run.toml of this content means (TOML has no null: a field is left out)."""
+    return parse(msgspec.toml.encode(without_null(document)), source="run.toml")
+
+
+def without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_null(item) for name, item in value.items() if item is not None}
+    return value
+
+
+positive = st.floats(1e-9, 1e9)
+counts = st.integers(1, 10**9)
+share = st.floats(0, 1, exclude_max=True)
+valid = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "federation__rounds": counts,
+        "federation__deadline_s": positive,
+        "federation__weighting": st.sampled_from(["examples", "uniform"]),
+        "training__learning_rate": positive,
+        "training__momentum": share,
+        "training__batch_size": counts,
+        "training__schedule": st.sampled_from(["constant", "linear", "cosine"]),
+        "training__warmup": share,
+        "training__class_weights": st.just("none") | st.lists(positive, min_size=3, max_size=3),
+        "lora__targets": st.lists(st.text(), max_size=3),
+        "lora__layers": st.just("all") | st.integers(1, 99).map("last:{}".format),
+        "privacy__epsilon": positive,
+        "privacy__clipping_norm": positive,
+        "task__labels": st.lists(st.text(), min_size=3, max_size=3, unique=True),
+        "data__columns__age__min": st.floats(-1e30, 120),
+    },
+)
+
+
+@given(changes=valid)
+def test_toml_and_json_mean_the_same_and_have_one_digest(changes: dict[str, Any]) -> None:
+    """The file on the coordinator, and the message that reaches a site."""
+    config = read(table(**changes))
+    arrived = msgspec.json.decode(msgspec.json.encode(config), type=RunConfig)
+
+    assert arrived == config
+    assert arrived.digest() == config.digest()
+    assert msgspec.convert(msgspec.to_builtins(config), RunConfig) == config
+
+
+@given(changes=valid)
+def test_configurations_are_equal_exactly_if_their_digests_are(changes: dict[str, Any]) -> None:
+    config, plain = read(table(**changes)), read(TABLE)
+
+    assert (config == plain) == (config.digest() == plain.digest())
+
+
+@given(text=st.text() | st.binary())
+def test_any_text_is_a_configuration_or_one_clear_error(text: str | bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^run\.toml: "):
+        parse(text, source="run.toml")
+
+
+def test_the_order_of_columns_is_part_of_the_agreement() -> None:
+    """Features stand in this order, so another order is another model."""
+    columns = TABLE["data"]["columns"]
+    turned = table(data__columns=dict(reversed(columns.items())))
+
+    assert read(turned).digest() != read(TABLE).digest()
+
+
+def test_bounds_themselves_are_allowed() -> None:
+    config = read(table(federation__quorum=4, data__columns__age__min=120))
+
+    assert config.federation.quorum == config.federation.cohort
+    assert config.data.columns["age"].min == config.data.columns["age"].max
+
+
+def test_defaults_are_filled_in() -> None:
+    config = parse(MINIMAL, source="run.toml")
+
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16, ("query", "value"))
+    assert config.privacy is None
+    assert config.data.column("text") == "note"
+    assert config.digest() == parse(MINIMAL.encode(), source="elsewhere.toml").digest()
+
+
+FIELDS = [
+    ({"name": "Heart"}, r"matching regex .* at `\$\.name`"),
+    ({"name": "heart\n"}, r"matching regex .* at `\$\.name`"),
+    ({"name": "../heart"}, r"matching regex .* at `\$\.name`"),
+    ({"rounds": 3}, "Object contains unknown field `rounds`"),
+    ({"training__epochs": 3}, r"unknown field `epochs` - at `\$\.training`"),
+    ({"data__columns__age__typo": 3}, r"unknown field `typo` - at `\$\.data\.columns\[\.\.\.\]`"),
+    ({"federation": {}}, r"missing required field `rounds` - at `\$\.federation`"),
+    ({"federation__rounds": 0}, r"Expected `int` >= 1 - at `\$\.federation\.rounds`"),
+    ({"federation__rounds": 1.5}, r"Expected `int`, got `float` - at `\$\.federation\.rounds`"),
+    ({"federation__rounds": "5"}, r"Expected `int`, got `str` - at `\$\.federation\.rounds`"),
+    ({"federation__method": "fedsgd"}, r"Invalid enum value 'fedsgd'"),
+    ({"task__kind": "regression"}, r"Invalid enum value 'regression' - at `\$\.task\.kind`"),
+    ({"task__labels": ["one"]}, r"Expected `array` of length >= 2 - at `\$\.task\.labels`"),
+    ({"training__warmup": 1.0}, r"Expected `float` < 1\.0 - at `\$\.training\.warmup`"),
+    ({"training__learning_rate": 0}, r"Expected `float` > 0\.0"),
+    ({"training__class_weights": "heavy"}, r"at `\$\.training\.class_weights`"),
+    ({"training__class_weights": [1, 0, 1]}, r"Expected `float` > 0\.0"),
+    ({"lora__layers": "last:0"}, r"matching regex .* at `\$\.lora\.layers`"),
+    ({"lora__layers": "all\n"}, r"matching regex .* at `\$\.lora\.layers`"),
+    ({"privacy__epsilon": 0}, r"Expected `float` > 0\.0 - at `\$\.privacy\.epsilon`"),
+    ({"privacy__delta": 0.1}, r"Expected `float` < 0\.1 - at `\$\.privacy\.delta`"),
+    ({"model__image_size": 64}, r"Expected `int` <= 32 - at `\$\.model\.image_size`"),
+    ({"seed": -1}, r"Expected `int` >= 0 - at `\$\.seed`"),
+]
+
+TOGETHER = [
+    ({"task__labels": ["no", "no", "yes"]}, "task.labels: every label may appear once"),
+    ({"data__columns__ill__type": "number"}, "exactly one column of type 'label', got none"),
+    ({"data__columns__age": {"type": "label"}}, r"of type 'label', got \['age', 'ill'\]"),
+    ({"task__kind": "text-classification"}, "exactly one column of type 'text', got none"),
+    ({"task__kind": "image-classification"}, "exactly one column of type 'image', got none"),
+    (
+        {"data__columns": {"ill": {"type": "label"}}},
+        "a tabular task needs a column of type number or category",
+    ),
+    ({"data__columns__sex__values": []}, "data.columns.sex: a category needs its closed set"),
+    ({"data__columns__sex__values": ["f", "f"]}, "sex.values: every value may appear once"),
+    ({"data__columns__age__values": ["1"]}, "age: `values` belongs to a category, this is a num"),
+    ({"data__columns__sex__min": 1}, "sex: min, max, mean and std belong to a number, not cat"),
+    ({"data__columns__ill__std": 2}, "ill: min, max, mean and std belong to a number, not label"),
+    ({"data__columns__age__min": 121}, "data.columns.age: min 121 is above max 120"),
+    ({"data__columns__ill__optional": True}, "ill: a column of type label cannot be optional"),
+    ({"data__forbidden": ["born", "age"]}, "data.forbidden: 'age' is also a required column"),
+    ({"federation__quorum": 5}, "federation.quorum: 5 deltas from a cohort of 4 clients"),
+    (
+        {"training__class_weights": [1, 2]},
+        "class_weights: expected 3 numbers, one per label, got 2",
+    ),
+    ({"training__local_steps": None}, r"training.local_steps is required with \[privacy\]"),
+    ({"federation__proximal_mu": 0.1}, r"proximal_mu is not part of private training"),
+    ({"training__class_weights": "balanced"}, r'"balanced" is computed from the records'),
+]
+
+INFINITE = [
+    ({"privacy__epsilon": float("inf")}, r"privacy\.epsilon: expected a finite number"),
+    ({"training__learning_rate": float("inf")}, r"training\.learning_rate: expected a finite"),
+    ({"data__columns__age__min": float("-inf")}, r"data\.columns\.age\.min: expected a finite"),
+    ({"data__columns__age__max": float("nan")}, r"data\.columns\.age\.max: expected a finite"),
+    ({"data__columns__age__mean": float("nan")}, r"data\.columns\.age\.mean: expected a finite"),
+    (
+        {"training__class_weights": [1.0, float("inf"), 1.0]},
+        r"training\.class_weights\.1: expected a finite number, got NaN or infinity",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), FIELDS + TOGETHER + INFINITE)
+def test_a_wrong_configuration_is_refused_by_field(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refusal:
+        read(table(**changes))
+
+    assert str(refusal.value).startswith("run.toml: ")
+
+
+@pytest.mark.parametrize(("changes", "says"), TOGETHER)
+def test_a_message_is_checked_as_the_file_is(changes: dict[str, Any], says: str) -> None:
+    """A site does not trust that its coordinator looked."""
+    data = json.dumps(table(**changes)).encode()
+
+    with pytest.raises(ConfigError, match=says):
+        msgspec.json.decode(data, type=RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"\xff", "can't decode byte 0xff"),
+        ("", "missing required field `name`"),
+        ("name = ", "Invalid value"),
+        ("seed = 1\nseed = 2", "Cannot overwrite a value"),
+        ("seed = " + "[" * 99_999, "nested too deeply"),
+    ],
+)
+def test_what_is_not_toml_is_refused(text: str | bytes, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^run\.toml: .*{says}"):
+        parse(text, source="run.toml")
+
+
+def test_a_frozen_configuration_is_not_changed_by_accident() -> None:
+    config = parse(MINIMAL, source="run.toml")
+
+    with pytest.raises(AttributeError, match="immutable"):
+        config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", get_args(ColumnType))
+def test_the_only_column_of_a_type_is_found(kind: ColumnType) -> None:
+    contract = msgspec.convert({"columns": {"x": {"type": kind}}}, Contract)
+
+    assert contract.column(kind) == "x"
+
+
+Wrap = Callable[[float], object]
+
+
+@given(
+    wraps=st.lists(st.sampled_from([lambda x: (0.0, x), lambda x: {"a": x, "b": 1}]), max_size=4),
+    value=st.floats(),
+)
+def test_a_value_that_json_cannot_carry_is_found_at_any_depth(
+    wraps: list[Wrap], value: float
+) -> None:
+    nested: Any = value
+    for wrap in wraps:
+        nested = wrap(nested)
+
+    assert (not_finite(nested) is None) == (abs(value) <= 1.7976931348623157e308)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anabranch.protocols.errors import ConfigError, RunError
+from anabranch.server.app import first_adapter
+from anabranch.server.result import Result
+from anabranch.simulations import engines
+from tests.runs import table_run
+from tests.simulations.rig import SIZES, ToySite, adapter, config
+
+SITES = {name: Path(name) for name in SIZES}  # a toy site's folder is its name
+
+
+def open_toy(folder: Path) -> ToySite:
+    return ToySite(folder.name, SIZES[folder.name])
+
+
+def run_on(engine: engines.Engine, **federation: int) -> Result:
+    return engines.run(
+        engine,
+        config(**federation),
+        SITES,
+        adapter(),
+        run_name="toy-1",
+        workers=2,
+        open_site=open_toy,
+    )
+
+
+def assert_same_adapter(a: Result, b: Result) -> None:
+    assert all(report.update_norm > 0.01 for report in a.history)
+    for name, array in a.adapter.arrays.items():
+        np.testing.assert_allclose(array, b.adapter.arrays[name], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def ray_leftovers() -> Iterator[None]:
+    """Ray ends its processes and does not wait for them: let its objects go in here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@pytest.mark.usefixtures("ray_leftovers")
+def test_flowers_simulation_runtime_gives_the_same_adapter_as_this_process(
+    table_sites: dict[str, Path],
+) -> None:
+    run = table_run(
+        ("rounds = 2", "rounds = 2\nquorum = 2"), ("batch_size", "holdout = 0.25\nbatch_size")
+    )
+    first = first_adapter(run)
+
+    here = engines.run("sequential", run, table_sites, first, run_name="here")
+    ray = engines.run("flower", run, table_sites, first, run_name="ray", workers=2)
+
+    assert_same_adapter(here, ray)
+    assert here.history[1].client == pytest.approx(ray.history[1].client, abs=1e-5)
+    assert [r.asked for r in here.history] == [r.asked for r in ray.history]
+
+
+def test_the_order_in_which_sites_are_given_does_not_matter() -> None:
+    backwards = dict(sorted(SITES.items(), reverse=True))
+    turned = engines.run(
+        "sequential", config(), backwards, adapter(), run_name="toy-1", open_site=open_toy
+    )
+
+    assert_same_adapter(turned, run_on("sequential"))
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected 'sequential' or 'flower', got 'spark'"):
+        run_on("spark")  # type: ignore[arg-type]
+
+
+def test_a_run_without_sites_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected at least one site, got none"):
+        engines.run("sequential", config(), {}, adapter(), run_name="toy-1")
+
+
+@pytest.mark.usefixtures("ray_leftovers")
+@pytest.mark.parametrize("engine", ["sequential", pytest.param("flower", marks=pytest.mark.slow)])
+def test_a_run_fails_with_the_same_sentence_on_either_engine(engine: engines.Engine) -> None:
+    with pytest.raises(RunError, match=r"round 1: 9 sites are needed, after .* s there are 4"):
+        engines.run(
+            engine,
+            config(quorum=9),
+            SITES,
+            adapter(),
+            run_name="toy-1",
+            open_site=open_toy,
+            connect_s=0.1 if engine == "sequential" else 30.0,
+        )
