@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from anabranch.cli.output import Json, Progress, emit, table
+
+
+class Device(StrEnum):
+    """Where models run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Engine(StrEnum):
+    """What a simulation runs on."""
+
+    sequential = "sequential"
+    flower = "flower"
+
 
 Output = Annotated[
     Path | None, typer.Option("--output", help="Run folder; default runs/<name>-<time>.")
@@ -19,6 +35,7 @@ def demo(
     output: Output = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides records, adapters, shuffling.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    device: Annotated[Device, typer.Option(help="Where models are trained.")] = Device.cpu,
     as_json: Json = False,
 ) -> int:
     """Four hospitals learn clinical coding under differential privacy; takes minutes."""
@@ -27,7 +44,11 @@ def demo(
 
     with Progress() as progress:
         summary, coded = run_demo(
-            output or _folder("demo"), seed=seed, threads=threads, progress=progress
+            output or _folder("demo"),
+            seed=seed,
+            threads=threads,
+            device=device.value,
+            progress=progress,
         )
     lines = [table(["", "accuracy %", "macro-F1 %"], rows_of(summary)), "", *facts_of(summary)]
     lines += ["", "The int8 model, without torch, codes:"]
@@ -45,9 +66,8 @@ def demo(
 def simulate(
     experiment: Annotated[Path, typer.Argument(help="experiment.toml")],
     output: Output = None,
-    engine: Annotated[
-        str | None, typer.Option(help="sequential or flower, instead of the file's.")
-    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="Instead of the experiment's own.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Instead of the experiment's own.")] = None,
     as_json: Json = False,
 ) -> int:
     """Run a federation on this machine from an experiment file."""
@@ -57,7 +77,8 @@ def simulate(
         summary = run(
             experiment,
             output or _folder(experiment.stem),
-            engine=engine,  # type: ignore[arg-type]  # engines.run refuses others
+            engine=None if engine is None else engine.value,
+            device=None if device is None else device.value,
             on_event=lambda kind, **fields: _show(progress, kind, fields),
         )
     emit(summary, _text(summary), as_json=as_json)

@@ -106,7 +106,7 @@ class Ledger:
                 raise PrivacyError(f"{self.path}: entry {entry} is not open, it stays counted")
 
     def history(self, run: str | None = None) -> list[Spend]:
-        """Return what the site's records have spent, oldest first; of one run, if `run` is given."""
+        """Return what the records have spent, oldest first; of one run, if `run` is given."""
         with self._transaction() as db:
             rows = db.execute(
                 "SELECT noise_multiplier, sample_rate, steps FROM spends "

@@ -14,7 +14,7 @@ import hashlib
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -31,7 +31,7 @@ from anabranch.client.tuning.prefix import PrefixCache
 from anabranch.client.tuning.private import fit_private
 from anabranch.client.tuning.training import Fit, Schedule, fit, predict, steps_per_round
 from anabranch.protocols.adapter import Adapter, Delta
-from anabranch.protocols.config import Name, RunConfig
+from anabranch.protocols.config import Device, Name, RunConfig
 from anabranch.protocols.errors import ConfigError, DataError, ModelError, PrivacyError
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 
@@ -41,7 +41,16 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: Name
     data: Annotated[str, msgspec.Meta(min_length=1)]  # relative to the site's folder
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
+
+
+def require_device(device: Device) -> None:
+    """Raise ConfigError if the device is not there; nothing falls back to another one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            'device = "cuda": torch sees no CUDA device here. Install a CUDA build of torch, or '
+            'set device = "cpu"'
+        )
 
 
 class Models:
@@ -54,8 +63,12 @@ class Models:
         self._local = threading.local()
         self._lock = threading.Lock()
 
-    def classifier(self, config: RunConfig, device: str) -> Classifier:
-        """Return this thread's classifier for the model, task and LoRA of `config`."""
+    def classifier(self, config: RunConfig, device: Device) -> Classifier:
+        """Return this thread's classifier for the model, task and LoRA of `config`.
+
+        Raises ConfigError if `device` is "cuda" and there is none.
+        """
+        require_device(device)
         parts = (config.model, config.task, config.lora, config.data, config.seed, device)
         key = msgspec.json.encode(parts)
         held: dict[bytes, Classifier] = self._local.__dict__.setdefault("classifiers", {})
@@ -101,7 +114,10 @@ class Site:
         """Return (training, held-out) records; raise DataError listing every violation."""
         digest = config.digest()
         if digest not in self._records:
-            records = load_records(self.data, config)
+            try:
+                records = load_records(self.data, config)
+            except DataError as error:  # it is sent on, and where files lie is the site's affair
+                raise DataError(str(error).replace(str(self.data), "records")) from None
             self._records = {digest: split(records, config.training.holdout, config.seed)}
         return self._records[digest]
 

@@ -22,6 +22,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
 
 TaskKind = Literal["text-classification", "image-classification", "tabular-classification"]
+Device = Literal["cpu", "cuda"]
 ColumnType = Literal["text", "image", "number", "category", "label"]
 
 
@@ -118,7 +119,20 @@ class Federation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     quorum: Count = 1  # deltas needed for a round to count
     deadline_s: Positive = 3600.0  # per round
     early_stopping: Count | None = None  # stop after so many rounds without a better evaluation
+    evaluate_every: Count = 1  # rounds; the last one is always evaluated
     client_evaluation: bool = True  # ask clients for held-out metrics (needs training.holdout)
+
+
+class Server(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[server]: an optimiser on the mean delta; without this table the mean is added as it is."""
+
+    optimizer: Literal["adam"] = "adam"  # FedAdam
+    learning_rate: Positive
+    head_learning_rate: Positive | None = None  # None: learning_rate
+    beta1: Share = 0.9
+    beta2: Share = 0.99
+    tau: Positive = 1e-8
+    schedule: Literal["constant", "linear"] = "constant"  # over the run's rounds
 
 
 class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -146,6 +160,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     federation: Federation
     lora: Lora = Lora()
     training: Training = Training()
+    server: Server | None = None
     privacy: Privacy | None = None
     release: Release = Release()
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0

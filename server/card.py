@@ -185,6 +185,8 @@ def _training(config: RunConfig, facts: RunFacts, spec: AdapterSpec) -> str:
     method = "FedAvg (McMahan et al. 2017)"
     if federation.proximal_mu:
         method = f"FedProx (Li et al. 2020), μ = {federation.proximal_mu:g}"
+    if config.server is not None:
+        method += f", then FedAdam (Reddi et al. 2021), η = {config.server.learning_rate:g}"
     work = _count(training.local_epochs, "epoch")
     if training.local_steps is not None:
         work = _count(training.local_steps, "step")

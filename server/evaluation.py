@@ -14,7 +14,7 @@ from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.training import predict
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.config import RunConfig
+from anabranch.protocols.config import Device, RunConfig
 
 
 def initial_adapter(config: RunConfig) -> Adapter:
@@ -23,20 +23,24 @@ def initial_adapter(config: RunConfig) -> Adapter:
 
 
 def evaluator(
-    config: RunConfig, records: Records, models: Models = MODELS
+    config: RunConfig, records: Records, models: Models = MODELS, device: Device = "cpu"
 ) -> Callable[[Adapter], dict[str, float]]:
     """Return a function from an adapter to its metrics on the coordinator's `records`."""
 
     def measure(adapter: Adapter) -> dict[str, float]:
-        return evaluate(logits(config, adapter, records, models), records.labels)
+        return evaluate(logits(config, adapter, records, models, device), records.labels)
 
     return measure
 
 
 def logits(
-    config: RunConfig, adapter: Adapter, records: Records, models: Models = MODELS
+    config: RunConfig,
+    adapter: Adapter,
+    records: Records,
+    models: Models = MODELS,
+    device: Device = "cpu",
 ) -> NDArray[np.float32]:
     """Return the logits (n, labels) of `adapter` on `records`."""
-    classifier = models.classifier(config, "cpu")
+    classifier = models.classifier(config, device)
     load_adapter(classifier, adapter)
     return predict(classifier, models.cache(config).prepare(classifier, records.inputs))

@@ -37,7 +37,7 @@ from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
-from anabranch.server.aggregation.fedavg import fedavg
+from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.aggregation.rule import Aggregator
 from anabranch.server.flower import (
     Failure,
@@ -88,7 +88,7 @@ class RoundEngine:
                 "training.holdout above 0, or give the coordinator records of its own"
             )
         self._config, self._run = config, run
-        self._rule: Aggregator[Any] = rule or fedavg(federation.weighting)
+        self._rule: Aggregator[Any] = rule or rule_for(config)
         self._own_metrics, self._checkpoint, self._event = evaluate, checkpoint, event
         self._clock, self._sleep, self._poll_s = clock, sleep, poll_s
         self._connect_s = connect_s
@@ -128,7 +128,7 @@ class RoundEngine:
         )
 
     def _round(self, number: int, adapter: Adapter, state: Any) -> tuple[Adapter, Any, RoundReport]:
-        started = self._clock()
+        started, federation = self._clock(), self._config.federation
         training = self._train(number, self._cohort(number), adapter)
         state, update = self._rule.apply(state, self._deltas(training))
         adapter = adapter.plus(update)
@@ -143,7 +143,8 @@ class RoundEngine:
             bytes_down=training.bytes_down,
             seconds=self._clock() - started,
         )
-        testing = self._evaluate(number, adapter)
+        due = number % federation.evaluate_every == 0 or number == federation.rounds
+        testing = self._evaluate(number, adapter, due)
         report = RoundReport(
             round=number,
             asked=tuple(training.peers),
@@ -153,7 +154,7 @@ class RoundEngine:
             delta_norms=training.norms,
             evaluated=testing.reports,
             client=mean_metrics(testing.reports.values()),
-            coordinator=dict(self._own_metrics(adapter)) if self._own_metrics else {},
+            coordinator=dict(self._own_metrics(adapter)) if due and self._own_metrics else {},
             bytes_up=training.bytes_up + testing.bytes_up,
             bytes_down=training.bytes_down + testing.bytes_down,
             seconds=self._clock() - started,
@@ -214,10 +215,10 @@ class RoundEngine:
         if len(question.reports) < self._config.federation.quorum:
             raise RunError(self._below_quorum(question))
 
-    def _evaluate(self, number: int, adapter: Adapter) -> Question[Evaluated]:
-        """Return the metrics of every connected site that has held-out records."""
+    def _evaluate(self, number: int, adapter: Adapter, due: bool) -> Question[Evaluated]:
+        """Return the metrics of every connected site that has held-out records, if due."""
         peers: dict[str, Peer] = {}
-        if self._asks_clients:
+        if due and self._asks_clients:
             peers = {name: p for name, p in self._roster.available().items() if p.held_out}
         question: Question[Evaluated] = Question("evaluate", number, peers, read_evaluated)
         if peers:

@@ -22,7 +22,7 @@ from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.training import Schedule, fit, predict, steps_per_round
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.config import Lora, RunConfig
+from anabranch.protocols.config import Device, Lora, RunConfig
 from anabranch.server.evaluation import initial_adapter
 
 PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # L2 weights tried by the linear probe
@@ -37,17 +37,22 @@ def majority(train: Records, test: Records, num_labels: int) -> Logits:
 
 
 def linear_probe(
-    config: RunConfig, train: Records, validation: Records, test: Records, models: Models
+    config: RunConfig,
+    train: Records,
+    validation: Records,
+    test: Records,
+    models: Models,
+    device: Device = "cpu",
 ) -> Logits:
     """Return test logits of multinomial logistic regression on the frozen embeddings.
 
     Full-batch L-BFGS; the L2 penalty with the best validation accuracy is taken.
     """
     frozen = msgspec.structs.replace(config, lora=Lora(rank=0))
-    classifier = models.classifier(frozen, "cpu")
+    classifier = models.classifier(frozen, device)
     cache = models.cache(frozen)
     parts = [
-        torch.stack(list(cache.prepare(classifier, part.inputs)))
+        torch.stack(list(cache.prepare(classifier, part.inputs))).cpu()
         for part in (train, validation, test)
     ]
     x, x_validation, x_test = parts
@@ -69,13 +74,14 @@ def train_alone(
     train: Records,
     validation: Records,
     models: Models,
+    device: Device = "cpu",
     on_round: Callable[[int, dict[str, float]], None] = lambda _, __: None,
 ) -> Adapter:
     """Return the adapter trained on `train` alone for as many rounds as the federation has.
 
     The round with the best validation accuracy is taken, as in the federation.
     """
-    classifier = models.classifier(config, "cpu")
+    classifier = models.classifier(config, device)
     load_adapter(classifier, initial_adapter(config))
     cache = models.cache(config)
     examples = Examples(cache.prepare(classifier, train.inputs), torch.from_numpy(train.labels))

@@ -23,7 +23,8 @@ import msgspec
 
 from anabranch.client.data.records import Records, load_records
 from anabranch.client.files import read_run, write_atomic
-from anabranch.protocols.config import Count, Name, RunConfig
+from anabranch.client.site import require_device
+from anabranch.protocols.config import Count, Device, Name, RunConfig
 from anabranch.protocols.errors import ConfigError, DataError
 from anabranch.server.evaluation import evaluator, initial_adapter
 from anabranch.server.result import Result
@@ -40,6 +41,7 @@ class ExperimentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     sites: dict[Name, str]
     engine: engines.Engine = "sequential"
     workers: Count = 1  # clients that train at a time
+    device: Device = "cpu"
     validation: str | None = None
     test: str | None = None
 
@@ -53,6 +55,7 @@ class Experiment:
     sites: Mapping[str, Path]
     engine: engines.Engine = "sequential"
     workers: int = 1
+    device: Device = "cpu"
     validation: Path | None = None
     test: Path | None = None
 
@@ -84,6 +87,7 @@ def load(path: Path) -> Experiment:
         sites={name: folder / data for name, data in sorted(file.sites.items())},
         engine=file.engine,
         workers=file.workers,
+        device=file.device,
         validation=None if file.validation is None else folder / file.validation,
         test=None if file.test is None else folder / file.test,
     )
@@ -98,12 +102,16 @@ def federate(
     engines.run raises.
     """
     config = experiment.config
+    require_device(experiment.device)
     records = _check_all(experiment)
     validation = None
     if experiment.validation is not None:
         validation = load_records(experiment.validation, config)
     run = f"{config.name}-{secrets.token_hex(4)}"
-    sites = {name: _site(folder.path, name, data) for name, data in experiment.sites.items()}
+    sites = {
+        name: _site(folder.path, name, data, experiment.device)
+        for name, data in experiment.sites.items()
+    }
 
     def event(kind: str, **fields: Any) -> None:
         folder.event(kind, **fields)
@@ -125,7 +133,9 @@ def federate(
         initial_adapter(config),
         run_name=run,
         workers=experiment.workers,
-        evaluate=None if validation is None else evaluator(config, validation),
+        evaluate=None
+        if validation is None
+        else evaluator(config, validation, device=experiment.device),
         checkpoint=folder.checkpoint,
         event=event,
     )
@@ -149,10 +159,11 @@ def _check_all(experiment: Experiment) -> dict[str, Records]:
     return records
 
 
-def _site(run: Path, name: str, data: Path) -> Path:
+def _site(run: Path, name: str, data: Path, device: Device) -> Path:
     """Write the site's folder inside the run folder and return it."""
     folder = run / "sites" / name
     text = f"name = {msgspec.json.encode(name).decode()}\n"
     text += f"data = {msgspec.json.encode(str(data.resolve())).decode()}\n"
+    text += f'device = "{device}"\n'
     write_atomic(folder / "site.toml", text.encode())
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.client.data.records import Records, load_records
+from anabranch.protocols.config import Device
 from anabranch.protocols.errors import ReleaseError
 from anabranch.server.release import Release
 from anabranch.server.store import RunFolder
@@ -17,7 +18,12 @@ from anabranch.simulations.experiment import Experiment, Federated, OnEvent, fed
 
 
 def simulate(
-    path: Path, output: Path, *, engine: Engine | None = None, on_event: OnEvent | None = None
+    path: Path,
+    output: Path,
+    *,
+    engine: Engine | None = None,
+    device: Device | None = None,
+    on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
     """Run the experiment in `path`, write everything to `output`, and return summary.json.
 
@@ -26,8 +32,9 @@ def simulate(
     """
     started = time.monotonic()
     experiment = load(path)
-    if engine is not None:
-        experiment = dataclasses.replace(experiment, engine=engine)
+    experiment = dataclasses.replace(
+        experiment, engine=engine or experiment.engine, device=device or experiment.device
+    )
     test = _records(experiment, experiment.test)
     validation = _records(experiment, experiment.validation)
     folder = RunFolder.create(output, experiment.run_toml)

@@ -180,6 +180,7 @@ def test_records_that_break_the_contract_are_refused_before_a_model_is_loaded(
         site.train(assignment(table_run()), start(table_run()))
 
     assert "perhaps" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def card(config: RunConfig = CONFIG, facts: RunFacts = FACTS, **checks: Any) -> 
 def private() -> tuple[RunConfig, RunFacts]:
     privacy = Privacy(epsilon=8.0, clipping="automatic", clipping_norm=0.5)
     facts = {f: getattr(FACTS, f) for f in FACTS.__dataclass_fields__}
-    return msgspec.structs.replace(CONFIG, privacy=privacy), RunFacts(**facts | {"privacy": SITES})
+    private = msgspec.structs.replace(CONFIG, privacy=privacy, federation=Federation(rounds=6))
+    return private, RunFacts(**facts | {"privacy": SITES})
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,15 @@ def test_a_run_stops_early_when_nothing_gets_better() -> None:
     ]
 
 
+def test_evaluations_are_made_every_so_many_rounds_and_in_the_last() -> None:
+    federation = Federation(run=config(rounds=5, evaluate_every=2), evaluate=scores(0.5, 0.9, 0.7))
+    result = federation.run()
+
+    assert [dict(r.coordinator) != {} for r in result.history] == [False, True, False, True, True]
+    assert [bool(r.evaluated) for r in result.history] == [False, True, False, True, True]
+    assert result.best_round == 4
+
+
 def test_early_stopping_without_an_evaluation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"early_stopping compares evaluations.*holdout above 0"):
         Federation(run=config(holdout=0.0, early_stopping=1))
@@ -253,7 +262,20 @@ def test_a_site_that_is_silent_in_evaluation_costs_one_deadline() -> None:
     assert federation.time.now == POLL_S + 60.0  # one look to meet the sites, one deadline
 
 
-def test_metrics_that_are_not_numbers_are_rejected() -> None:
+def test_metrics_that_are_not_numbers_do_not_leave_the_site() -> None:
+    class Broken(ToySite):
+        def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
+            return Evaluated(site=self.name, num_examples=4, metrics={"accuracy": float("nan")})
+
+    federation = Federation([ToySite("a"), Broken("b")], run=config(rounds=1))
+
+    assert set(federation.run().history[0].evaluated) == {"a"}
+    (failed,) = federation.events.of("site_failed")
+    assert (failed["site"], failed["reason"]) == ("b", "internal")
+    assert failed["message"] == "ValueError in evaluation: see the site's log"
+
+
+def test_metrics_with_a_weight_that_the_site_did_not_describe_are_rejected() -> None:
     class Broken(ToySite):
         def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
             return Evaluated(site=self.name, num_examples=99, metrics={"accuracy": 1.0})

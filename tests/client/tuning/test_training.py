@@ -43,7 +43,7 @@ def train(config: RunConfig, **options: float) -> tuple[Classifier, Examples, fl
         steps=steps,
         schedule=Schedule(total_steps=steps),
         seed=5,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     return classifier, examples, done.loss
 
@@ -80,11 +80,12 @@ def test_one_sgd_step_with_fedprox_is_the_gradient_of_the_written_objective() ->
     x = torch.stack(list(examples.features))
     for _ in range(2):  # in the second step w differs from w_t
         loss = functional.cross_entropy(reference(x, None), examples.labels)
-        pull = sum(((p - a) ** 2).sum() for p, a in zip(parameters, anchor, strict=True))
+        pairs = zip(parameters, anchor, strict=True)
+        pull = torch.stack([((p - a) ** 2).sum() for p, a in pairs]).sum()
         gradients = torch.autograd.grad(loss + mu / 2 * pull, parameters)
         with torch.no_grad():
             for p, g in zip(parameters, gradients, strict=True):
-                p -= 0.05 * g
+                p.sub_(0.05 * g)
 
     fit(
         classifier,

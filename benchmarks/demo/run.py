@@ -1,0 +1,121 @@
+"""The figures of `anabranch demo`, from the summary.json it writes.
+
+    seconds, peak_rss_bytes        of the whole demo, one process
+    federated_minus_local          points of accuracy above the mean of hospitals alone
+    pooled_minus_federated         points below training on all records in one place
+    federated_minus_probe          points above a linear probe on frozen embeddings
+    dp_minus_best_local            points of the private run (epsilon 8) above the best hospital
+    int8.size_ratio                int8 file / fp32 file
+    int8.accuracy_loss_points      points that int8 loses against fp32
+
+--summary FILE reads a demo that was run before; else one is run. --quick runs the small demo
+(fewer texts and rounds): its figures say that the machinery works, not what it can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
+
+from benchmarks.harness import Figure, header, report
+
+THREADS = 2
+PACKAGES = ("torch", "flwr", "opacus", "transformers", "onnxruntime-training-cpu")
+
+
+def figures(summary: Mapping[str, Any]) -> list[Figure]:
+    """Return the figures of one summary.json."""
+    accuracy, release = summary["accuracy"], summary["release"]
+    note = f"seed {summary['seed']}, {summary['num_test']} test records"
+
+    def points(first: str, second: float, name: str, target: str, peer: str) -> Figure:
+        value = 100 * (accuracy[first] - second)
+        return Figure(figure=name, value=value, unit="points", target=target, peer=peer, note=note)
+
+    federated = accuracy["federated"]
+    return [
+        Figure(figure="seconds", value=summary["seconds"], unit="s", target="<= 360", note=note),
+        Figure(
+            figure="peak_rss_bytes",
+            value=summary["peak_rss_bytes"],
+            unit="bytes",
+            target="<= 3e9",
+            note=note,
+        ),
+        points(
+            "federated",
+            accuracy["local_mean"],
+            "federated_minus_local",
+            ">= 15",
+            "each hospital alone, mean",
+        ),
+        points("pooled", federated, "pooled_minus_federated", "<= 3", "federated"),
+        points(
+            "federated",
+            accuracy["linear_probe"],
+            "federated_minus_probe",
+            ">= 0",
+            "linear probe, pooled records",
+        ),
+        points(
+            "federated_dp",
+            summary["best_local"],
+            "dp_minus_best_local",
+            ">= 0",
+            "best hospital alone",
+        ),
+        Figure(
+            figure="int8.size_ratio",
+            value=release["int8_bytes"] / release["fp32_bytes"],
+            unit="ratio",
+            target="<= 0.3",
+            peer="onnx fp32",
+        ),
+        Figure(
+            figure="int8.accuracy_loss_points",
+            value=100 * (release["fp32_accuracy"] - release["int8_accuracy"]),
+            unit="points",
+            target="<= 1",
+            peer="onnx fp32",
+            note=note,
+        ),
+    ]
+
+
+def run_demo(quick: bool) -> dict[str, Any]:
+    """Run the demo as a user would, in a process of its own, and return its summary."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "demo"
+        command = [sys.executable, "-m", "anabranch.cli.main", "demo", "--output", str(output)]
+        command += ["--threads", str(THREADS), "--json", *(["--quick"] if quick else [])]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        summary: dict[str, Any] = json.loads(done.stdout)
+        return summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the small demo, two minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and figures here")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="of a demo that was run")
+    chosen = parser.parse_args(argv)
+    if chosen.summary is not None:
+        summary = json.loads(chosen.summary.read_text())
+    else:
+        summary = run_demo(chosen.quick)
+    head = header(
+        "demo", packages=PACKAGES, threads=THREADS, seed=summary["seed"], quick=chosen.quick
+    )
+    report(head, figures(summary), chosen.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Benchmarks say what they measured: figures from a summary, tables from figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import all as bench
+from benchmarks.demo.run import figures
+
+SUMMARY = {
+    "seed": 4,
+    "num_test": 1000,
+    "seconds": 200.0,
+    "peak_rss_bytes": 2_000_000_000,
+    "best_local": 0.45,
+    "accuracy": {
+        "majority": 0.1,
+        "linear_probe": 0.7,
+        "local_mean": 0.4,
+        "federated": 0.72,
+        "federated_dp": 0.6,
+        "pooled": 0.76,
+    },
+    "release": {
+        "fp32_bytes": 90_000_000,
+        "int8_bytes": 23_000_000,
+        "fp32_accuracy": 0.6,
+        "int8_accuracy": 0.595,
+    },
+}
+
+
+def test_the_demo_s_figures_follow_from_its_summary() -> None:
+    found = {f.figure: f for f in figures(SUMMARY)}
+
+    values = {name: round(f.value, 6) for name, f in found.items()}
+    assert values == {
+        "seconds": 200.0,
+        "peak_rss_bytes": 2e9,
+        "federated_minus_local": 32.0,
+        "pooled_minus_federated": 4.0,
+        "federated_minus_probe": 2.0,
+        "dp_minus_best_local": 15.0,
+        "int8.size_ratio": round(23 / 90, 6),
+        "int8.accuracy_loss_points": 0.5,
+    }
+    assert [name for name, f in found.items() if not f.reached] == ["pooled_minus_federated"]
+
+
+def test_every_benchmark_has_a_page_with_markers() -> None:
+    for name in bench.names():
+        page = (bench.ROOT / "docs" / "benchmarks" / f"{name}.md").read_text()
+        assert page.index(bench.BEGIN) < page.index(bench.END)
+
+
+def test_a_missed_target_stays_in_the_table() -> None:
+    figure = {"figure": "x", "value": 2.0, "unit": "s", "target": "<= 1", "spread": None}
+    head = {"machine": "m", "cores": 2, "threads": 1, "seed": 0, "commit": "c", "versions": {}}
+
+    text = bench.table({"header": head, "figures": [figure | {"peer": None, "note": ""}]})
+
+    assert "| `x` | 2 s | <= 1 | **no** |" in text
+
+
+def test_only_what_is_between_the_markers_is_written(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+
+    bench.write_between_markers(page, "new")
+
+    assert page.read_text() == f"before\n{bench.BEGIN}\nnew\n{bench.END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="has no"):
+        bench.write_between_markers(page, "new")
