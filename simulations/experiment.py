@@ -94,16 +94,16 @@ def load(path: Path) -> Experiment:
 
 
 def federate(
-    experiment: Experiment, folder: RunFolder, on_event: OnEvent | None = None
+    experiment: Experiment,
+    records: Mapping[str, Records],
+    folder: RunFolder,
+    on_event: OnEvent | None = None,
 ) -> Federated:
     """Run all rounds and return the result; everything is written to `folder` as it happens.
 
-    Raises DataError listing the violations of every site before anything trains, and what
-    engines.run raises.
+    `records` are those of check_sites. Raises what engines.run raises.
     """
     config = experiment.config
-    require_device(experiment.device)
-    records = _check_all(experiment)
     validation = None
     if experiment.validation is not None:
         validation = load_records(experiment.validation, config)
@@ -145,8 +145,12 @@ def federate(
     return Federated(run=run, config=config, folder=folder, result=result, label_counts=counts)
 
 
-def _check_all(experiment: Experiment) -> dict[str, Records]:
-    """Return every site's records, or raise one DataError with what all of them break."""
+def check_sites(experiment: Experiment) -> dict[str, Records]:
+    """Return every site's records, or raise one DataError with what all of them break.
+
+    Raises ConfigError if the device is not there. Nothing has been written or trained then.
+    """
+    require_device(experiment.device)
     records: dict[str, Records] = {}
     problems: list[str] = []
     for name, data in experiment.sites.items():

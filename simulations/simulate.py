@@ -14,7 +14,14 @@ from anabranch.server.release import Release
 from anabranch.server.store import RunFolder
 from anabranch.simulations import outcome
 from anabranch.simulations.engines import Engine
-from anabranch.simulations.experiment import Experiment, Federated, OnEvent, federate, load
+from anabranch.simulations.experiment import (
+    Experiment,
+    Federated,
+    OnEvent,
+    check_sites,
+    federate,
+    load,
+)
 
 
 def simulate(
@@ -37,8 +44,9 @@ def simulate(
     )
     test = _records(experiment, experiment.test)
     validation = _records(experiment, experiment.validation)
+    records = check_sites(experiment)
     folder = RunFolder.create(output, experiment.run_toml)
-    federated = federate(experiment, folder, on_event)
+    federated = federate(experiment, records, folder, on_event)
     name = "federated" if experiment.config.privacy is None else "federated_dp"
     accuracy: dict[str, float] = {}
     macro_f1: dict[str, float] = {}

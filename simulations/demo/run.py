@@ -186,7 +186,7 @@ def _federate(
         validation=data.validation_file,
         device=device,
     )
-    return federate(experiment, folder, on_event)
+    return federate(experiment, data.train, folder, on_event)
 
 
 def _rows(metrics: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, float]:
