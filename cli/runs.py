@@ -36,6 +36,9 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Decides records, adapters, shuffling.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     device: Annotated[Device, typer.Option(help="Where models are trained.")] = Device.cpu,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A quarter of the records, three rounds.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Four hospitals learn clinical coding under differential privacy; takes minutes."""
@@ -49,6 +52,7 @@ def demo(
             threads=threads,
             device=device.value,
             progress=progress,
+            quick=quick,
         )
     lines = [table(["", "accuracy %", "macro-F1 %"], rows_of(summary)), "", *facts_of(summary)]
     lines += ["", "The int8 model, without torch, codes:"]

@@ -25,7 +25,7 @@ from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import Device, Lora, RunConfig
 from anabranch.server.evaluation import initial_adapter
 
-PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # L2 weights tried by the linear probe
+PENALTIES = (3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 1e-1)  # L2 weights tried by the linear probe
 
 Logits = NDArray[np.float32]
 

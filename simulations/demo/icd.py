@@ -74,8 +74,11 @@ class Records:
     test: list[Record]
 
 
-def build(seed: int = 0) -> Records:
-    """Return the data set of a seed: disjoint training, validation and test records."""
+def build(seed: int, share: float = 1.0) -> Records:
+    """Return the data set of a seed: disjoint training, validation and test records.
+
+    `share` of the full data set, for a small demo.
+    """
     rng = random.Random(seed)
     train: list[list[Record]] = []
     validation: list[Record] = []
@@ -83,27 +86,28 @@ def build(seed: int = 0) -> Records:
     for label, categories in enumerate(_texts()):
         names = sorted(categories)
         rng.shuffle(names)
-        n_test, n_validation = (
-            round(TEST_CATEGORIES * len(names)),
-            round(VALIDATION_CATEGORIES * len(names)),
-        )
-        parts = (
-            names[:n_test],
-            names[n_test : n_test + n_validation],
-            names[n_test + n_validation :],
-        )
-        limits = TEST_PER_CHAPTER, VALIDATION_PER_CHAPTER, TRAIN_PER_CHAPTER
-        for target, part, limit in zip((test, validation, None), parts, limits, strict=True):
-            chosen = [
-                Record(text, label, name)
-                for name in part
-                for text in rng.sample(
-                    categories[name], min(TEXTS_PER_CATEGORY, len(categories[name]))
-                )
-            ]
-            chosen = rng.sample(chosen, min(limit, len(chosen)))
-            train.append(chosen) if target is None else target.extend(chosen)
+        first = round(TEST_CATEGORIES * len(names))
+        second = first + round(VALIDATION_CATEGORIES * len(names))
+
+        def draw(
+            part: list[str],
+            limit: int,
+            label: int = label,
+            categories: dict[str, list[str]] = categories,
+        ) -> list[Record]:
+            texts = [(text, name) for name in part for text in _sample(rng, categories[name])]
+            chosen = rng.sample(texts, min(round(share * limit), len(texts)))
+            return [Record(text, label, name) for text, name in chosen]
+
+        test += draw(names[:first], TEST_PER_CHAPTER)
+        validation += draw(names[first:second], VALIDATION_PER_CHAPTER)
+        train.append(draw(names[second:], TRAIN_PER_CHAPTER))
     return Records(tuple(CHAPTERS.values()), _hospitals(train, rng), validation, test)
+
+
+def _sample(rng: random.Random, texts: list[str]) -> list[str]:
+    """Return at most TEXTS_PER_CATEGORY of the texts of one category."""
+    return rng.sample(texts, min(TEXTS_PER_CATEGORY, len(texts)))
 
 
 def _hospitals(by_label: list[list[Record]], rng: random.Random) -> dict[str, list[Record]]:

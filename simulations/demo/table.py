@@ -32,13 +32,18 @@ def rows_of(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def facts_of(summary: Mapping[str, Any]) -> list[str]:
     """Return what stands under the table."""
-    release = summary["release"]
+    release, open_run = summary["release"], summary["without_privacy"]
     spent = ", ".join(f"{name} {e:.2f}" for name, e in summary["epsilon"].items())
     return [
         f"epsilon spent: {spent}",
-        f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down, "
+        f"bytes with DP: {_mb(summary['bytes_up'])} up, {_mb(summary['bytes_down'])} down; "
+        f"without: {_mb(open_run['bytes_up'])} up, {_mb(open_run['bytes_down'])} down",
         f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
-        f"release: int8 {release['int8_bytes'] / 1e6:.1f} MB of {release['fp32_bytes'] / 1e6:.1f} "
-        f"MB fp32, accuracy {100 * release['int8_accuracy']:.1f} of "
-        f"{100 * release['fp32_accuracy']:.1f}, {release['int8_latency_ms']:.1f} ms a text",
+        f"release: int8 {_mb(release['int8_bytes'])} of fp32's {_mb(release['fp32_bytes'])}, "
+        f"accuracy {100 * release['int8_accuracy']:.1f} of {100 * release['fp32_accuracy']:.1f}, "
+        f"{release['int8_latency_ms']:.1f} ms a text",
     ]
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
