@@ -21,6 +21,7 @@ import torch
 
 from anabranch.client.data.records import Records, fingerprint, load_records, split
 from anabranch.client.ledger import Ledger
+from anabranch.client.memory import give_back
 from anabranch.client.privacy import DpPlan, plan_for, require_budget
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
@@ -148,6 +149,7 @@ class Site:
         if classifier.compute_base_digest() != adapter.spec.base:
             raise ModelError("the frozen base changed during training: nothing is sent")
         delta = read_adapter(classifier).minus(adapter, num_examples=len(train))
+        give_back()
         seconds = time.perf_counter() - started
         report = Trained(site=self.name, num_examples=len(train), seconds=seconds, **done)
         return report, delta

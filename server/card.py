@@ -115,6 +115,18 @@ def privacy_statement(privacy: Privacy | None, facts: RunFacts) -> str:
         )
         for one in sorted(facts.privacy, key=lambda one: one.site)
     ]
+    return (
+        guarantee(privacy, facts)
+        + "\n\n"
+        + _table(("site", "ε", "δ", "σ", "q", "steps"), rows)
+        + "\n\nNot covered:\n\n"
+        + "\n".join(f"* {line};" for line in NOT_COVERED).rstrip(";")
+        + "."
+    )
+
+
+def guarantee(privacy: Privacy, facts: RunFacts) -> str:
+    """Return what holds for every site of a private run, without the numbers of each."""
     clipping = "automatic (AUTO-S)" if privacy.clipping == "automatic" else "flat"
     return (
         f"For every site below, the sequence of all messages that it sent in rounds 1 to "
@@ -125,11 +137,7 @@ def privacy_statement(privacy: Privacy | None, facts: RunFacts) -> str:
         f"* Mechanism: DP-SGD, Poisson sampling, {clipping} clipping to ℓ2 norm "
         f"{privacy.clipping_norm:g}, Gaussian noise of σ times that norm at every step.\n"
         "* Accountant: PRV, all runs on the same records composed.\n"
-        f"* Target of this run: ε = {privacy.epsilon:g} per site.\n\n"
-        + _table(("site", "ε", "δ", "σ", "q", "steps"), rows)
-        + "\n\nNot covered:\n\n"
-        + "\n".join(f"* {line};" for line in NOT_COVERED).rstrip(";")
-        + "."
+        f"* Target of this run: ε = {privacy.epsilon:g} per site."
     )
 
 

@@ -64,6 +64,8 @@ class ReportData:
     title: str = ""
     description: str = ""  # a sentence or two: what was trained, on what
     evaluated_on: str = ""  # what accuracies were measured on: "2 310 held-out diagnoses"
+    rounds_evaluated_on: str = ""  # what the curves were measured on, if it is something else
+    sites_evaluated_on: str = "each site's own held-out records"
     comparison: Sequence[Comparison] = ()
     accuracy: Curves = field(default_factory=dict)  # series -> round -> of the global adapter
     loss: Curves = field(default_factory=dict)
@@ -141,14 +143,17 @@ def _result(data: ReportData) -> list[Markup]:
 
 def _rounds(data: ReportData) -> list[Markup]:
     title, loss = "Accuracy after each round", "Mean cross-entropy; lower is better."
+    says = f"Measured on {data.rounds_evaluated_on}." if data.rounds_evaluated_on else ""
     return [
-        *figures.curves(title, _measured(data), data.accuracy, unit=PERCENT, y_title="accuracy"),
+        *figures.curves(
+            title, says or _measured(data), data.accuracy, unit=PERCENT, y_title="accuracy"
+        ),
         *figures.curves("Loss after each round", loss, data.loss, unit=LOSS, y_title="loss"),
     ]
 
 
 def _sites(data: ReportData) -> list[Markup]:
-    says = "Each model on each site's own held-out records."
+    says = f"Each model on {data.sites_evaluated_on}."
     parts = figures.site_bars("Accuracy per site", says, data.site_accuracy)
     if data.label_counts:
         parts.append(figures.label_counts(_labels(data), data.label_counts))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anabranch.client.data.records import Records
+from anabranch.client.memory import give_back
 from anabranch.client.site import Models, round_seed
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter
@@ -98,6 +99,7 @@ def train_alone(
             schedule=Schedule(first_step=(number - 1) * steps, total_steps=rounds * steps),
             seed=round_seed(config.seed, name, number),
         )
+        give_back()
         metrics = evaluate(predict(classifier, held), validation.labels)
         on_round(number, metrics)
         if metrics["accuracy"] > best:

@@ -10,7 +10,13 @@ from typing import Any
 from anabranch.client.data.records import Records
 from anabranch.client.site import MODELS
 from anabranch.client.tuning.metrics import confusion, evaluate
-from anabranch.server.card import NOT_COVERED, RunFacts, SitePrivacy, privacy_statement
+from anabranch.server.card import (
+    NOT_COVERED,
+    RunFacts,
+    SitePrivacy,
+    guarantee,
+    privacy_statement,
+)
 from anabranch.server.charts import Comparison
 from anabranch.server.evaluation import logits
 from anabranch.server.release import Release, make_release
@@ -131,10 +137,11 @@ def report(
     matrix: Sequence[Sequence[int]] = (),
     comparison: Sequence[Comparison] = (),
     others: Mapping[str, Federated] | None = None,
+    site_accuracy: Mapping[str, Mapping[str, float]] | None = None,
     **texts: Any,
 ) -> None:
     """Write report.html; `others` are further runs whose curves are drawn beside this one's."""
-    config, result = federated.config, federated.result
+    config, result, facts = federated.config, federated.result, facts_of(federated)
     named = {_series_name(federated): federated, **(others or {})}
     histories = {name: one.result.history for name, one in named.items()}
     write_report(
@@ -145,18 +152,16 @@ def report(
             comparison=comparison,
             accuracy=_curves(histories, "accuracy"),
             loss=_curves(histories, "loss"),
-            site_accuracy={
-                name: {site: e.metrics["accuracy"] for site, e in history[-1].evaluated.items()}
-                for name, history in histories.items()
-                if history and history[-1].evaluated
-            },
+            site_accuracy=site_accuracy or _site_accuracy(histories),
             label_counts=federated.label_counts,
             failures=tuple(
                 Failure(round=r.round, site=site, reason=f"{f.reason}: {f.message}")
                 for r in result.history
                 for site, f in sorted(r.failed.items())
             ),
-            privacy=privacy_statement(config.privacy, facts_of(federated)),
+            privacy=privacy_statement(None, facts)
+            if config.privacy is None
+            else guarantee(config.privacy, facts),
             not_covered=() if config.privacy is None else NOT_COVERED,
             epsilon={
                 site: {
@@ -193,6 +198,15 @@ def versions() -> dict[str, str]:
 
 def _series_name(federated: Federated) -> str:
     return "federated" if federated.config.privacy is None else "federated with DP"
+
+
+def _site_accuracy(histories: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, float]]:
+    """Return series -> site -> accuracy in the last round, where sites evaluated."""
+    return {
+        name: {site: e.metrics["accuracy"] for site, e in history[-1].evaluated.items()}
+        for name, history in histories.items()
+        if history and history[-1].evaluated
+    }
 
 
 def _curves(histories: Mapping[str, Sequence[Any]], metric: str) -> dict[str, dict[int, float]]:

@@ -22,3 +22,15 @@ def shared_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.fail(f"{folder} holds no data sets: set ANABRANCH_DATA to the folder that does")
     return folder.resolve()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Count a skipped test as a failure in CI: what was not run has not passed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or exitstatus != 0 or not os.environ.get("CI"):
+        return
+    skipped = reporter.stats.get("skipped", [])
+    if skipped:
+        for report in skipped:
+            reporter.write_line(f"skipped, which CI does not accept: {report.nodeid}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
