@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,7 @@ class Site:
         self.data = (folder / self._file.data).resolve()
         self._models = models
         self._records: dict[str, tuple[Records, Records]] = {}
+        self._prepared: dict[tuple[str, int], Sequence[torch.Tensor]] = {}
 
     @property
     def ledger(self) -> Ledger:
@@ -132,7 +134,7 @@ class Site:
         train, _ = self.records(config)
         classifier = self._models.classifier(config, self._file.device)
         load_adapter(classifier, adapter)
-        features = self._models.cache(config).prepare(classifier, train.inputs)
+        features = self._features(config, classifier, train)
         examples = Examples(features, torch.from_numpy(train.labels))
         if config.privacy is None:
             result = self._fit(assignment, classifier, examples)
@@ -171,6 +173,16 @@ class Site:
         return Evaluated(
             site=self.name, num_examples=len(held), metrics=evaluate(logits, held.labels)
         )
+
+    def _features(
+        self, config: RunConfig, classifier: Classifier, train: Records
+    ) -> Sequence[torch.Tensor]:
+        """Return the training records as `fit` takes them: encoded once per run and thread."""
+        key = (config.digest(), threading.get_ident())
+        if key not in self._prepared:
+            features = self._models.cache(config).prepare(classifier, train.inputs)
+            self._prepared = {key: features}
+        return self._prepared[key]
 
     def _fit(self, assignment: Assignment, classifier: Classifier, examples: Examples) -> Fit:
         config = assignment.config

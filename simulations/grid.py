@@ -44,6 +44,9 @@ QUIET = {
 }
 
 
+JOIN_S = 1.0  # an idle thread ends at once
+
+
 def quiet() -> None:
     """Switch off telemetry, update check and run-time installation in this process."""
     os.environ.update(QUIET)
@@ -89,9 +92,11 @@ class InProcessGrid(Grid):
             thread.start()
 
     def close(self) -> None:
-        """Let the threads end when their present message is done."""
+        """Let the threads end; one whose client never answers is left behind."""
         for _ in self._threads:
             self._queue.put(None)
+        for thread in self._threads:
+            thread.join(timeout=JOIN_S)
 
     def __enter__(self) -> InProcessGrid:
         return self
