@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness import ROOT, write_between_markers
 
 
 def names() -> list[str]:
@@ -36,15 +37,6 @@ def table(content: Mapping[str, Any]) -> str:
         f"{head['seed']}, commit {head['commit'] or 'unknown'}; {versions}.",
     ]
     return "\n".join(lines)
-
-
-def write_between_markers(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page; raise ValueError if it has none."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no {BEGIN} … {END}")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def _row(figure: Mapping[str, Any]) -> str:
@@ -78,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             script = ROOT / "benchmarks" / name / "run.py"
             subprocess.run([sys.executable, str(script), "--json", str(file)], check=True)
             content = json.loads(file.read_text())
-        write_between_markers(ROOT / "docs" / "benchmarks" / f"{name}.md", table(content))
+        write_between_markers(
+            ROOT / "docs" / "benchmarks" / f"{name}.md", "figures", table(content)
+        )
 
 
 if __name__ == "__main__":

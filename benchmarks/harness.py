@@ -120,6 +120,16 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, tuple[fl
     return statistics.median(ratios), (min(ratios), max(ratios))
 
 
+def write_between_markers(page: Path, name: str, text: str) -> None:
+    """Replace what stands between <!-- name --> and <!-- /name -->; ValueError if they are not."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, first, rest = page.read_text().partition(begin)
+    _, second, after = rest.partition(end)
+    if not first or not second:
+        raise ValueError(f"{page} has no {begin} … {end}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def report(head: Mapping[str, object], figures: Sequence[Figure], file: Path | None) -> None:
     """Print the figures, and write them with their header to `file`."""
     for f in figures:

@@ -32,6 +32,9 @@ Output = Annotated[
 
 
 def demo(
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Diagnoses to code at the end; default: examples.")
+    ] = None,
     output: Output = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides records, adapters, shuffling.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
@@ -41,12 +44,14 @@ def demo(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Four hospitals learn clinical coding under differential privacy; takes minutes."""
+    """Four hospitals learn clinical coding, with DP; minutes."""
     from anabranch.simulations.demo.run import EXAMPLES, run_demo
     from anabranch.simulations.demo.table import facts_of, rows_of
 
     with Progress() as progress:
+        texts = text or list(EXAMPLES)
         summary, coded = run_demo(
+            texts,
             output or _folder("demo"),
             seed=seed,
             threads=threads,
@@ -56,7 +61,7 @@ def demo(
         )
     lines = [table(["", "accuracy %", "macro-F1 %"], rows_of(summary)), "", *facts_of(summary)]
     lines += ["", "The int8 model, without torch, codes:"]
-    rows = [[text, label, f"{p:.2f}"] for text, (label, p) in zip(EXAMPLES, coded, strict=True)]
+    rows = [[text, label, f"{p:.2f}"] for text, (label, p) in zip(texts, coded, strict=True)]
     lines.append(table(["text", "chapter", "p"], rows))
     folder = summary["folder"]
     lines.append(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import all as bench
+from benchmarks import harness
 from benchmarks.demo.run import figures
 
 SUMMARY = {
@@ -51,8 +52,8 @@ def test_the_demo_s_figures_follow_from_its_summary() -> None:
 
 def test_every_benchmark_has_a_page_with_markers() -> None:
     for name in bench.names():
-        page = (bench.ROOT / "docs" / "benchmarks" / f"{name}.md").read_text()
-        assert page.index(bench.BEGIN) < page.index(bench.END)
+        page = (harness.ROOT / "docs" / "benchmarks" / f"{name}.md").read_text()
+        assert page.index("<!-- figures -->") < page.index("<!-- /figures -->")
 
 
 def test_a_missed_target_stays_in_the_table() -> None:
@@ -66,11 +67,10 @@ def test_a_missed_target_stays_in_the_table() -> None:
 
 def test_only_what_is_between_the_markers_is_written(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+    page.write_text("before\n<!-- x -->\nold\n<!-- /x -->\nafter\n")
 
-    bench.write_between_markers(page, "new")
+    harness.write_between_markers(page, "x", "new")
 
-    assert page.read_text() == f"before\n{bench.BEGIN}\nnew\n{bench.END}\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match="has no"):
-        bench.write_between_markers(page, "new")
+    assert page.read_text() == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
+    with pytest.raises(ValueError, match=r"has no <!-- y --> … <!-- /y -->"):
+        harness.write_between_markers(page, "y", "new")

@@ -8,7 +8,8 @@
     int8.size_ratio                int8 file / fp32 file
     int8.accuracy_loss_points      points that int8 loses against fp32
 
---summary FILE reads a demo that was run before; else one is run. --quick runs the small demo
+--summary FILE reads a demo that was run before; else one is run. --readme writes its table and
+picture into the README. --quick runs the small demo
 (fewer texts and rounds): its figures say that the machinery works, not what it can reach.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
 
-from benchmarks.harness import Figure, header, report
+from anabranch.simulations.demo.table import facts_of, rows_of
+from benchmarks.harness import ROOT, Figure, header, report, write_between_markers
 
 THREADS = 2
 PACKAGES = ("torch", "flwr", "opacus", "transformers", "onnxruntime-training-cpu")
@@ -90,6 +93,14 @@ def figures(summary: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
+def readme_table(summary: Mapping[str, Any]) -> str:
+    """Return the demo's table and the facts under it as Markdown."""
+    rows = [f"| {' | '.join(row)} |" for row in rows_of(summary)]
+    facts = [f"* {fact}" for fact in facts_of(summary)]
+    head = ["| trained by | accuracy % | macro-F1 % |", "|---|--:|--:|"]
+    return "\n".join([*head, *rows, "", *facts])
+
+
 def run_demo(quick: bool) -> dict[str, Any]:
     """Run the demo as a user would, in a process of its own, and return its summary."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the small demo, two minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and figures here")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="of a demo that was run")
+    parser.add_argument("--readme", action="store_true", help="write the README's table, too")
     chosen = parser.parse_args(argv)
     if chosen.summary is not None:
         summary = json.loads(chosen.summary.read_text())
@@ -115,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "demo", packages=PACKAGES, threads=THREADS, seed=summary["seed"], quick=chosen.quick
     )
     report(head, figures(summary), chosen.json)
+    if chosen.readme:
+        write_between_markers(ROOT / "README.md", "demo", readme_table(summary))
+        picture = Path(summary["folder"]) / "comparison.svg"
+        shutil.copyfile(picture, ROOT / "docs" / "images" / "demo.svg")
 
 
 if __name__ == "__main__":

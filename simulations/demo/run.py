@@ -14,7 +14,7 @@ import csv
 import io
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -77,6 +77,7 @@ class Data:
 
 
 def run_demo(
+    texts: Sequence[str],
     output: Path,
     *,
     seed: int,
@@ -85,7 +86,7 @@ def run_demo(
     progress: Stages,
     quick: bool = False,
 ) -> tuple[dict[str, Any], list[tuple[str, float]]]:
-    """Run the whole demo; return summary.json and the int8 model's codes for EXAMPLES.
+    """Run the whole demo; return summary.json and the int8 model's codes of `texts`.
 
     `quick` takes a part of the records and few rounds: it shows that everything works, not
     what it can reach. Raises ConfigError if `output` is not empty or the device is not there.
@@ -130,7 +131,7 @@ def run_demo(
     at_sites = _accuracy_by_hospital(predictions, data)
     _report(private_run, open_run, summary, made, matrix, metrics, data, at_sites)
     folder.summarise(summary)
-    coded = Model.open(output / "release", threads=threads).classify(EXAMPLES)
+    coded = Model.open(output / "release", threads=threads).classify(texts)
     progress.advance()
     return summary, coded
 
