@@ -30,10 +30,21 @@ app.add_typer(adapter.app, name="adapter")
 app.add_typer(edge.app, name="edge")
 
 
+# Command -> the extra that brings what it imports.
+EXTRAS = {
+    "demo": "demo",
+    "simulate": "simulation",
+    "site": "client",
+    "adapter": "client",
+    "edge": "edge",
+}
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+        result = app(args=arguments, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
@@ -45,6 +56,16 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 1
     except AnabranchError as error:
         typer.echo(f"anabranch: {error}", err=True)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("anabranch"):
+            raise
+        extra = EXTRAS[arguments[0]]
+        typer.echo(
+            f"anabranch: {arguments[0]} needs the module {error.name!r}, which is not installed: "
+            f'pip install "anabranch[{extra}]"',
+            err=True,
+        )
         return 1
     return result if isinstance(result, int) else 0
 

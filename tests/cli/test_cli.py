@@ -58,6 +58,20 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_1(
     assert err.count("\n") == 1
 
 
+def test_a_missing_extra_is_named() -> None:
+    script = (
+        "import sys; sys.modules['PIL'] = None\n"  # as if Pillow were not installed
+        "from anabranch.cli.main import run\n"
+        "sys.exit(run(['site', 'check', 'x.csv', '--run', 'run.toml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "site needs the module 'PIL'" in done.stderr
+    assert 'pip install "anabranch[client]"' in done.stderr
+
+
 def test_site_check_says_ok_or_lists_violations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
