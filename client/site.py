@@ -2,10 +2,10 @@
 
     site.toml        name = "cardiology", data = "records.csv", device = "cpu"
     ledger.sqlite    privacy spent on its records, over all runs
-    site.log         what went wrong here; never sent
 
 `Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
-(private if the run says so), ledger, delta. It knows nothing of Flower.
+(private if the run says so), ledger, delta. It knows nothing of Flower. What goes wrong is
+logged to the standard error of the site's process; the text of an unforeseen error never leaves.
 """
 
 from __future__ import annotations

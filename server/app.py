@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -23,7 +22,7 @@ from anabranch.protocols.config import RunConfig, parse
 from anabranch.protocols.errors import AnabranchError, ConfigError
 from anabranch.server.result import Result
 from anabranch.server.rounds import RoundEngine
-from anabranch.server.store import RunFolder
+from anabranch.server.store import RunFolder, new_run
 
 CONNECT_S = 600.0
 POLL_S = 0.5  # each look is a request to the SuperLink
@@ -61,8 +60,7 @@ def coordinate(
     text = _read(run_toml)
     config = parse(text, source=str(run_toml))
     folder = RunFolder.create(output, text)
-    # Not the folder's name: sites keep books on privacy by run, and names come back.
-    run = f"{config.name}-{uuid4().hex[:12]}"
+    run = new_run(config.name)
     folder.event("run_started", run=run, config=config.digest())
     try:
         adapter = (first or first_adapter)(config)
@@ -79,10 +77,9 @@ def coordinate(
 
 def first_adapter(config: RunConfig) -> Adapter:
     """Return the adapter of the freshly made model; torch is imported here."""
-    from anabranch.client.tuning.bases import load_classifier
-    from anabranch.client.tuning.lora import read_adapter
+    from anabranch.server.evaluation import initial_adapter
 
-    return read_adapter(load_classifier(config))
+    return initial_adapter(config)
 
 
 def summary(result: Result, config: RunConfig, run: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 
@@ -24,6 +25,14 @@ from anabranch.client.files import sync_folder, write_atomic
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError
+
+
+def new_run(name: str) -> str:
+    """Return the identity of a new run: never one that was used, whatever the folder's name.
+
+    Sites keep books on privacy by run, and names of folders come back.
+    """
+    return f"{name}-{uuid4().hex[:12]}"
 
 
 def _now() -> datetime:

@@ -13,7 +13,6 @@ is spent here is not charged to the ledger of a real site.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from anabranch.protocols.config import Count, Device, Name, RunConfig
 from anabranch.protocols.errors import ConfigError, DataError
 from anabranch.server.evaluation import evaluator, initial_adapter
 from anabranch.server.result import Result
-from anabranch.server.store import RunFolder
+from anabranch.server.store import RunFolder, new_run
 from anabranch.simulations import engines
 
 OnEvent = Callable[..., None]
@@ -107,7 +106,7 @@ def federate(
     validation = None
     if experiment.validation is not None:
         validation = load_records(experiment.validation, config)
-    run = f"{config.name}-{secrets.token_hex(4)}"
+    run = new_run(config.name)
     sites = {
         name: _site(folder.path, name, data, experiment.device)
         for name, data in experiment.sites.items()
