@@ -204,13 +204,16 @@ def _training(config: RunConfig, facts: RunFacts, spec: AdapterSpec) -> str:
             f"LoRA of rank {spec.rank}, α = {spec.alpha:g}, on {len(spec.targets)} linear layers, "
             "and the head"
         )
+    head_rate = training.head_learning_rate
+    head = "" if head_rate is None else f", {head_rate:g} for the head"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
     lines = [
         f"* Method: {method}, deltas weighted by {federation.weighting}.",
         f"* Rounds: {facts.rounds}; this is the adapter after round {facts.best_round}.",
         f"* Trained: {lora}; {spec.num_values:,} values.",
         f"* Each round, each site: {work}, batches of {training.batch_size}, "
-        f"{training.optimizer}, learning rate {training.learning_rate:g} ({training.schedule}).",
+        f"{training.optimizer}, learning rate {training.learning_rate:g}{head} "
+        f"({training.schedule}).",
         f"* Seed: {config.seed}." + (f" Versions: {versions}." if versions else ""),
     ]
     return "\n".join(lines)
