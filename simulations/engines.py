@@ -111,7 +111,7 @@ def _in_ray(
         except AnabranchError as error:  # Flower would wrap it, and log a traceback
             outcome.append(error)
 
-    with _without_deprecation_notice():
+    with _quiet_log():
         try:
             run_simulation(server, app, num_sites, backend_config=_ray_config(workers))
         except RuntimeError as error:
@@ -133,11 +133,14 @@ def _ray_config(workers: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_deprecation_notice() -> Iterator[None]:
-    """Drop Flower's notice that `run_simulation` is deprecated: it is not for our user."""
+def _quiet_log() -> Iterator[None]:
+    """Drop what Flower logs below a warning, and its notice that `run_simulation` is deprecated.
+
+    A command is quiet in a pipe, and the notice is not for our user.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
-        return "DEPRECATED FEATURE" not in str(record.msg)
+        return record.levelno >= logging.WARNING and "DEPRECATED FEATURE" not in str(record.msg)
 
     logger = logging.getLogger("flwr")
     logger.addFilter(keep)

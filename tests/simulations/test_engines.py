@@ -51,7 +51,7 @@ def ray_leftovers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("ray_leftovers")
 def test_flowers_simulation_runtime_gives_the_same_adapter_as_this_process(
-    table_sites: dict[str, Path],
+    table_sites: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = table_run(
         ("rounds = 2", "rounds = 2\nquorum = 2"), ("batch_size", "holdout = 0.25\nbatch_size")
@@ -64,6 +64,7 @@ def test_flowers_simulation_runtime_gives_the_same_adapter_as_this_process(
     assert_same_adapter(here, ray)
     assert here.history[1].client == pytest.approx(ray.history[1].client, abs=1e-5)
     assert [r.asked for r in here.history] == [r.asked for r in ray.history]
+    assert "flwr" not in capfd.readouterr().err
 
 
 def test_the_order_in_which_sites_are_given_does_not_matter() -> None:
