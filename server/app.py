@@ -5,11 +5,15 @@ Run configuration (`flwr run --run-config '…'`), paths as the ServerApp's mach
     run              run.toml
     output           the run folder, which must not exist yet or be empty
     connect-seconds  how long to wait for sites at the start of a round; default 600
+    validation       the coordinator's own records: they choose the best round (optional)
+    test             the coordinator's own records, touched once, at the end (optional)
+
+With either of the two there is a release at the end, checked on them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,12 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from anabranch.client.data.records import Records, load_records
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig, parse
 from anabranch.protocols.errors import AnabranchError, ConfigError
+from anabranch.server.evaluation import evaluator, initial_adapter
+from anabranch.server.outcome import Finished, conclude
 from anabranch.server.result import Result
 from anabranch.server.rounds import RoundEngine
 from anabranch.server.store import RunFolder, new_run
@@ -40,6 +47,8 @@ def main(grid: Grid, context: Context) -> None:
         _path(settings, "output"),
         connect_s=float(settings.get("connect-seconds", CONNECT_S)),
         poll_s=POLL_S,
+        validation=_optional_path(settings, "validation"),
+        test=_optional_path(settings, "test"),
     )
 
 
@@ -49,54 +58,52 @@ def coordinate(
     output: Path,
     *,
     first: Callable[[RunConfig], Adapter] | None = None,
+    validation: Path | None = None,
+    test: Path | None = None,
     **rounds: Any,
 ) -> Result:
     """Run all rounds of `run_toml` over `grid`, into the new run folder `output`.
 
-    `first(config)` makes the adapter of round 0 (default: the base model's own); `rounds` is
-    passed on to RoundEngine. Raises ConfigError for a wrong file or folder, and what the
-    engine raises; that is written to the run's events, too.
+    At the end there are summary.json and report.html, and a release if the coordinator has
+    records to check it on. `first(config)` makes the adapter of round 0 (default: the base
+    model's own); `rounds` is passed on to RoundEngine. Raises ConfigError for a wrong file or
+    folder, DataError for the coordinator's records, and what the engine raises; that is written
+    to the run's events, too.
     """
     text = _read(run_toml)
     config = parse(text, source=str(run_toml))
+    own, held_back = (_records(path, config) for path in (validation, test))
+    started = time.monotonic()
     folder = RunFolder.create(output, text)
     run = new_run(config.name)
     folder.event("run_started", run=run, config=config.digest())
     try:
-        adapter = (first or first_adapter)(config)
+        adapter = (first or initial_adapter)(config)
         engine = RoundEngine(
-            grid, config, run=run, checkpoint=folder.checkpoint, event=folder.event, **rounds
+            grid,
+            config,
+            run=run,
+            evaluate=None if own is None else evaluator(config, own),
+            checkpoint=folder.checkpoint,
+            event=folder.event,
+            **rounds,
         )
         result = engine.run(adapter)
     except AnabranchError as error:
         folder.event("run_failed", error=type(error).__name__, message=str(error))
         raise
-    folder.summarise(summary(result, config, run))
+    finished = Finished(run=run, config=config, folder=folder, result=result)
+    seconds = time.monotonic() - started
+    conclude(finished, test=held_back, validation=own, seconds=seconds)
     return result
 
 
-def first_adapter(config: RunConfig) -> Adapter:
-    """Return the adapter of the freshly made model; torch is imported here."""
-    from anabranch.server.evaluation import initial_adapter
-
-    return initial_adapter(config)
+def _records(path: Path | None, config: RunConfig) -> Records | None:
+    return None if path is None else load_records(path, config)
 
 
-def summary(result: Result, config: RunConfig, run: str) -> dict[str, Any]:
-    """Return what summary.json says about a run."""
-    best = result.history[result.best_round - 1]
-    return {
-        "run": run,
-        "seed": config.seed,
-        "rounds": len(result.history),
-        "best_round": result.best_round,
-        "client": dict(best.client),
-        "coordinator": dict(best.coordinator),
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "seconds": result.seconds,
-        "sites": {name: dataclasses.asdict(row) for name, row in result.sites.items()},
-    }
+def _optional_path(settings: Mapping[str, Any], key: str) -> Path | None:
+    return _path(settings, key) if key in settings else None
 
 
 def _path(settings: Mapping[str, Any], key: str) -> Path:

@@ -14,7 +14,7 @@ is spent here is not charged to the ledger of a real site.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from anabranch.client.site import require_device
 from anabranch.protocols.config import Count, Device, Name, RunConfig
 from anabranch.protocols.errors import ConfigError, DataError
 from anabranch.server.evaluation import evaluator, initial_adapter
-from anabranch.server.result import Result
+from anabranch.server.outcome import Finished
 from anabranch.server.store import RunFolder, new_run
 from anabranch.simulations import engines
 
@@ -59,17 +59,6 @@ class Experiment:
     test: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Federated:
-    """A finished federation, before its release."""
-
-    run: str
-    config: RunConfig
-    folder: RunFolder
-    result: Result
-    label_counts: dict[str, list[int]] = field(default_factory=dict)
-
-
 def load(path: Path) -> Experiment:
     """Read experiment.toml and its run.toml; raise ConfigError naming file and field."""
     try:
@@ -97,7 +86,7 @@ def federate(
     records: Mapping[str, Records],
     folder: RunFolder,
     on_event: OnEvent | None = None,
-) -> Federated:
+) -> Finished:
     """Run all rounds and return the result; everything is written to `folder` as it happens.
 
     `records` are those of check_sites. Raises what engines.run raises.
@@ -141,7 +130,7 @@ def federate(
     counts = {
         name: one.label_counts(len(config.task.labels)).tolist() for name, one in records.items()
     }
-    return Federated(run=run, config=config, folder=folder, result=result, label_counts=counts)
+    return Finished(run=run, config=config, folder=folder, result=result, label_counts=counts)
 
 
 def check_sites(experiment: Experiment) -> dict[str, Records]:

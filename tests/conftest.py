@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.runs import write_site, write_table
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # A busy machine is not a wrong answer: pytest's own timeout ends what hangs.
@@ -22,6 +24,16 @@ def shared_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.fail(f"{folder} holds no data sets: set ANABRANCH_DATA to the folder that does")
     return folder.resolve()
+
+
+@pytest.fixture
+def table_sites(tmp_path: Path) -> dict[str, Path]:
+    """Return name -> folder of two sites with tables of unlike size."""
+    sites = {}
+    for seed, (name, rows) in enumerate({"cardiology": 40, "oncology": 24}.items()):
+        data = write_table(tmp_path / f"{name}.csv", n=rows, seed=seed)
+        sites[name] = write_site(tmp_path / name, name, data)
+    return sites
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -30,12 +30,14 @@ from anabranch.client.site import MODELS
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.edge.runtime.classify import Model
 from anabranch.protocols.config import Device, RunConfig, parse
+from anabranch.server import outcome
 from anabranch.server.charts import Comparison, comparison_svg
 from anabranch.server.evaluation import logits
+from anabranch.server.outcome import Finished
 from anabranch.server.store import RunFolder
-from anabranch.simulations import baselines, outcome
+from anabranch.simulations import baselines
 from anabranch.simulations.demo import icd
-from anabranch.simulations.experiment import Experiment, Federated, federate
+from anabranch.simulations.experiment import Experiment, federate
 
 CONFIGURATIONS = ("alone", "federated", "private")  # the TOML files of this folder
 QUICK_SHARE = 0.25  # of the records
@@ -195,7 +197,7 @@ def _federate(
     name: str,
     device: Device,
     progress: Stages,
-) -> Federated:
+) -> Finished:
     progress.stage(name, config.federation.rounds)
 
     def on_event(kind: str, **_: Any) -> None:
@@ -243,8 +245,8 @@ def _rows(metrics: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, 
 
 
 def _report(
-    private: Federated,
-    plain: Federated,
+    private: Finished,
+    plain: Finished,
     summary: Mapping[str, Any],
     made: Any,
     matrix: list[list[int]],

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
+from anabranch.client.flower import client_app
+from anabranch.client.site import Models, Site
 from anabranch.protocols import wire
 from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.server.app import app, coordinate
 from anabranch.simulations.grid import InProcessGrid
-from tests.runs import table_text
+from tests.runs import table_text, write_table
 from tests.simulations.rig import ToySite, adapter, app_of
 
 
@@ -45,8 +47,25 @@ def test_a_run_leaves_configuration_events_checkpoints_and_summary(tmp_path: Pat
     np.testing.assert_array_equal(kept.arrays["head.weight"], np.full((3, 5), 4.0))
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["rounds"], summary["best_round"], summary["seed"]) == (2, 2, 3)
-    assert summary["sites"]["a"]["num_examples"] == 30
+    assert summary["num_examples"]["a"] == 30
     assert summary["run"] == events(output)[0]["run"]
+
+
+def test_with_records_of_its_own_the_coordinator_chooses_and_releases(
+    tmp_path: Path, table_sites: dict[str, Path]
+) -> None:
+    own = write_table(tmp_path / "own.csv", n=60, seed=5)
+    names = sorted(table_sites)
+    app = client_app(lambda context: Site(table_sites[str(context.node_config["site"])], Models()))
+
+    with InProcessGrid(app, names) as g:
+        coordinate(g, run_file(tmp_path), tmp_path / "out", validation=own, test=own)
+
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["accuracy"]["federated"] > 0.5
+    assert summary["release"]["int8_bytes"] > 0
+    assert (tmp_path / "out" / "release" / "manifest.json").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_two_runs_of_one_file_have_two_identities(tmp_path: Path) -> None:

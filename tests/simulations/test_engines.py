@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anabranch.protocols.errors import ConfigError, RunError
-from anabranch.server.app import first_adapter
+from anabranch.server.evaluation import initial_adapter
 from anabranch.server.result import Result
 from anabranch.simulations import engines
 from tests.runs import table_run
@@ -56,7 +56,7 @@ def test_flowers_simulation_runtime_gives_the_same_adapter_as_this_process(
     run = table_run(
         ("rounds = 2", "rounds = 2\nquorum = 2"), ("batch_size", "holdout = 0.25\nbatch_size")
     )
-    first = first_adapter(run)
+    first = initial_adapter(run)
 
     here = engines.run("sequential", run, table_sites, first, run_name="here")
     ray = engines.run("flower", run, table_sites, first, run_name="ray", workers=2)

@@ -111,7 +111,7 @@ def test_without_records_of_the_coordinator_nothing_is_released_and_it_says_why(
     summary = simulate(experiment(tmp_path), tmp_path / "out")
 
     assert summary["release"] is None
-    assert "give the experiment `test` or `validation`" in summary["release_refused"]
+    assert "give `test` or `validation`" in summary["release_refused"]
     assert not (tmp_path / "out" / "release").exists()
 
 

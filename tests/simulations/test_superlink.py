@@ -10,7 +10,7 @@ import pytest
 
 from anabranch.protocols import wire
 from anabranch.protocols.config import parse
-from anabranch.server.app import first_adapter
+from anabranch.server.evaluation import initial_adapter
 from anabranch.simulations import engines
 from tests.runs import table_text
 from tests.simulations.superlink import SuperLink, end_group, superlink, wait_for
@@ -28,7 +28,7 @@ def test_a_superlink_gives_the_same_adapter_as_this_process(
 
     assert (output / "summary.json").exists(), shown
     config = parse(text, source="run.toml")
-    here = engines.run("sequential", config, table_sites, first_adapter(config), run_name="here")
+    here = engines.run("sequential", config, table_sites, initial_adapter(config), run_name="here")
     frame = (output / "checkpoints" / "round-0002.adapter").read_bytes()
     there = wire.decode_adapter(frame, here.adapter.spec)
     for name, array in here.adapter.arrays.items():

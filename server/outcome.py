@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from anabranch.client.data.records import Records
 from anabranch.client.site import MODELS
 from anabranch.client.tuning.metrics import confusion, evaluate
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import ReleaseError
 from anabranch.server.card import (
     NOT_COVERED,
     RunFacts,
@@ -21,7 +24,8 @@ from anabranch.server.charts import Comparison
 from anabranch.server.evaluation import logits
 from anabranch.server.release import Release, make_release
 from anabranch.server.report import Failure, ReleaseFile, ReportData, write_report
-from anabranch.simulations.experiment import Federated
+from anabranch.server.result import Result
+from anabranch.server.store import RunFolder
 
 PACKAGES = (
     "anabranch",
@@ -36,9 +40,48 @@ PACKAGES = (
 )
 
 
-def facts_of(federated: Federated) -> RunFacts:
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run whose rounds are over, before its release."""
+
+    run: str
+    config: RunConfig
+    folder: RunFolder
+    result: Result
+    label_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)  # known in simulation
+
+
+def conclude(
+    finished: Finished, *, test: Records | None, validation: Records | None, seconds: float
+) -> dict[str, Any]:
+    """Measure, release and report a run; write and return its summary.json.
+
+    `test` and `validation` are the coordinator's own records. The release is checked on the
+    first of them that is there; without any, or when the int8 model is refused, the summary
+    says why there is none. Raises what make_release raises but for ReleaseError.
+    """
+    name = "federated" if finished.config.privacy is None else "federated_dp"
+    accuracy: dict[str, float] = {}
+    macro_f1: dict[str, float] = {}
+    matrix: list[list[int]] = []
+    if test is not None:
+        metrics, matrix = measure(finished, test)
+        accuracy, macro_f1 = {name: metrics["accuracy"]}, {name: metrics["macro_f1"]}
+    made, refused = _release_or_reason(finished, test if test is not None else validation)
+    summary = summary_of(finished, seconds=seconds) | {
+        "accuracy": accuracy,
+        "macro_f1": macro_f1,
+        "release": None if made is None else release_summary(made),
+        "release_refused": refused,
+    }
+    report(finished, summary=summary, made=made, matrix=matrix)
+    finished.folder.summarise(summary)
+    return summary
+
+
+def facts_of(finished: Finished) -> RunFacts:
     """Return what the model card states about the run."""
-    result, config = federated.result, federated.config
+    result, config = finished.result, finished.config
     last = {name: one for report in result.history for name, one in report.trained.items()}
     privacy = []
     for name, one in sorted(last.items()):
@@ -58,7 +101,7 @@ def facts_of(federated: Federated) -> RunFacts:
             )
         )
     return RunFacts(
-        run=federated.run,
+        run=finished.run,
         base_name=config.model.base,
         rounds=len(result.history),
         best_round=result.best_round,
@@ -68,36 +111,36 @@ def facts_of(federated: Federated) -> RunFacts:
     )
 
 
-def release(federated: Federated, held_out: Records, *, threads: int = 1) -> Release:
+def release(finished: Finished, held_out: Records, *, threads: int = 1) -> Release:
     """Make the release of the best adapter, checked on the coordinator's held-out records."""
     return make_release(
-        MODELS.classifier(federated.config, "cpu"),
-        federated.result.best_adapter,
-        federated.config,
-        federated.folder.path / "release",
+        MODELS.classifier(finished.config, "cpu"),
+        finished.result.best_adapter,
+        finished.config,
+        finished.folder.path / "release",
         inputs=held_out.inputs,
         labels=held_out.labels,
-        facts=facts_of(federated),
+        facts=facts_of(finished),
         threads=threads,
     )
 
 
-def measure(federated: Federated, test: Records) -> tuple[dict[str, float], list[list[int]]]:
+def measure(finished: Finished, test: Records) -> tuple[dict[str, float], list[list[int]]]:
     """Return metrics and confusion matrix of the best adapter on records not yet touched."""
-    values = logits(federated.config, federated.result.best_adapter, test)
-    matrix = confusion(values.argmax(1), test.labels, len(federated.config.task.labels))
+    values = logits(finished.config, finished.result.best_adapter, test)
+    matrix = confusion(values.argmax(1), test.labels, len(finished.config.task.labels))
     return evaluate(values, test.labels), matrix.tolist()
 
 
-def summary_of(federated: Federated, *, seconds: float) -> dict[str, Any]:
+def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
     """Return what every summary.json holds, before accuracies and release."""
-    result = federated.result
+    result = finished.result
     return {
-        "name": federated.config.name,
-        "run": federated.run,
-        "folder": str(federated.folder.path),
-        "config": federated.config.digest(),
-        "seed": federated.config.seed,
+        "name": finished.config.name,
+        "run": finished.run,
+        "folder": str(finished.folder.path),
+        "config": finished.config.digest(),
+        "seed": finished.config.seed,
         "rounds": len(result.history),
         "best_round": result.best_round,
         "epsilon": {
@@ -130,30 +173,30 @@ def release_summary(made: Release) -> dict[str, Any]:
 
 
 def report(
-    federated: Federated,
+    finished: Finished,
     *,
     summary: Mapping[str, Any],
     made: Release | None,
     matrix: Sequence[Sequence[int]] = (),
     comparison: Sequence[Comparison] = (),
-    others: Mapping[str, Federated] | None = None,
+    others: Mapping[str, Finished] | None = None,
     site_accuracy: Mapping[str, Mapping[str, float]] | None = None,
     **texts: Any,
 ) -> None:
     """Write report.html; `others` are further runs whose curves are drawn beside this one's."""
-    config, result, facts = federated.config, federated.result, facts_of(federated)
-    named = {_series_name(federated): federated, **(others or {})}
+    config, result, facts = finished.config, finished.result, facts_of(finished)
+    named = {_series_name(finished): finished, **(others or {})}
     histories = {name: one.result.history for name, one in named.items()}
     write_report(
-        federated.folder.path / "report.html",
+        finished.folder.path / "report.html",
         ReportData(
-            name=federated.run,
+            name=finished.run,
             labels=config.task.labels,
             comparison=comparison,
             accuracy=_curves(histories, "accuracy"),
             loss=_curves(histories, "loss"),
             site_accuracy=site_accuracy or _site_accuracy(histories),
-            label_counts=federated.label_counts,
+            label_counts=finished.label_counts,
             failures=tuple(
                 Failure(round=r.round, site=site, reason=f"{f.reason}: {f.message}")
                 for r in result.history
@@ -196,8 +239,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _series_name(federated: Federated) -> str:
-    return "federated" if federated.config.privacy is None else "federated with DP"
+def _release_or_reason(
+    finished: Finished, records: Records | None
+) -> tuple[Release | None, str | None]:
+    """Return the release, or None and why there is none."""
+    if records is None:
+        return None, (
+            "a release is checked on records of the coordinator, and there are none: give "
+            "`test` or `validation`"
+        )
+    try:
+        return release(finished, records), None
+    except ReleaseError as error:
+        finished.folder.event("release_refused", message=str(error))
+        return None, str(error)
+
+
+def _series_name(finished: Finished) -> str:
+    return "federated" if finished.config.privacy is None else "federated with DP"
 
 
 def _site_accuracy(histories: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, float]]:
