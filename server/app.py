@@ -103,7 +103,7 @@ def _records(path: Path | None, config: RunConfig) -> Records | None:
 
 
 def _optional_path(settings: Mapping[str, Any], key: str) -> Path | None:
-    return _path(settings, key) if key in settings else None
+    return _path(settings, key) if settings.get(key) else None
 
 
 def _path(settings: Mapping[str, Any], key: str) -> Path:

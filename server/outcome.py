@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -149,6 +149,7 @@ def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
         "delta": {name: row.delta for name, row in result.sites.items() if row.delta is not None},
         "num_examples": {name: row.num_examples for name, row in result.sites.items()},
         "failures": {name: row.failures for name, row in result.sites.items()},
+        "sites": {name: asdict(row) for name, row in result.sites.items()},
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "seconds": seconds,

@@ -12,7 +12,7 @@ from anabranch.protocols import wire
 from anabranch.protocols.config import parse
 from anabranch.server.evaluation import initial_adapter
 from anabranch.simulations import engines
-from tests.runs import table_text
+from tests.runs import table_text, write_table
 from tests.simulations.superlink import SuperLink, end_group, superlink, wait_for
 
 
@@ -23,10 +23,14 @@ def test_a_superlink_gives_the_same_adapter_as_this_process(
     (tmp_path / "run.toml").write_text(text)
     output = tmp_path / "runs" / "first"
 
+    test = write_table(tmp_path / "test.csv", n=50, seed=4)
+
     with superlink(tmp_path, table_sites) as link:
-        shown = link.run(f"run='{tmp_path / 'run.toml'}' output='{output}' connect-seconds=90.0")
+        paths = f"run='{tmp_path / 'run.toml'}' output='{output}' test='{test}'"
+        shown = link.run(f"{paths} connect-seconds=90.0")
 
     assert (output / "summary.json").exists(), shown
+    assert (output / "release" / "manifest.json").exists(), shown
     config = parse(text, source="run.toml")
     here = engines.run("sequential", config, table_sites, initial_adapter(config), run_name="here")
     frame = (output / "checkpoints" / "round-0002.adapter").read_bytes()
