@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,17 @@ def test_only_what_is_between_the_markers_is_written(tmp_path: Path) -> None:
     assert page.read_text() == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
     with pytest.raises(ValueError, match=r"has no <!-- y --> … <!-- /y -->"):
         harness.write_between_markers(page, "y", "new")
+
+
+@pytest.mark.slow
+def test_the_frozen_prefix_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    script = harness.ROOT / "benchmarks" / "frozen_prefix" / "run.py"
+
+    subprocess.run([sys.executable, str(script), "--quick", "--json", str(file)], check=True)
+
+    content = json.loads(file.read_text())
+    found = {figure["figure"]: figure["value"] for figure in content["figures"]}
+    assert set(found) == {"cache.speedup_last2", "cache.max_error"}
+    assert found["cache.max_error"] <= 1e-5
+    assert content["header"]["quick"] is True
