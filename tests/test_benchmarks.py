@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import all as bench
 from benchmarks import harness
-from benchmarks.demo.run import figures
+from benchmarks.demo.run import figures, over_seeds
 
 SUMMARY = {
     "seed": 4,
@@ -51,6 +51,17 @@ def test_the_demo_s_figures_follow_from_its_summary() -> None:
         "int8.accuracy_loss_points": 0.5,
     }
     assert [name for name, f in found.items() if not f.reached] == ["pooled_minus_federated"]
+
+
+def test_figures_of_several_seeds_are_medians_with_their_range() -> None:
+    others = [SUMMARY | {"seed": 5, "seconds": 100.0}, SUMMARY | {"seed": 6, "seconds": 260.0}]
+
+    found = {f.figure: f for f in over_seeds([SUMMARY, *others])}
+
+    assert found["seconds"].value == 200.0
+    assert found["seconds"].spread == (100.0, 260.0)
+    assert found["federated_minus_local"].spread == pytest.approx((32.0, 32.0))
+    assert found["seconds"].note == "seeds 4, 5, 6"
 
 
 def test_every_benchmark_has_a_page_with_markers() -> None:

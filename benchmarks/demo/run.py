@@ -8,16 +8,19 @@
     int8.size_ratio                int8 file / fp32 file
     int8.accuracy_loss_points      points that int8 loses against fp32
 
---summary FILE reads a demo that was run before; else one is run. --readme writes its table and
-picture into the README. --quick runs the small demo
-(fewer texts and rounds): its figures say that the machinery works, not what it can reach.
+Medians over the seeds, with the range. --summary FILE, once per demo, reads demos that were run
+before; else SEEDS are run. --readme writes the first one's table and picture into the README.
+--quick runs the small demo (fewer texts and rounds): its figures say that the machinery works,
+not what it can reach.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, f
 from anabranch.simulations.demo.table import facts_of, rows_of
 from benchmarks.harness import ROOT, Figure, header, report, write_between_markers
 
+SEEDS = (0, 1, 2)
 THREADS = 2
 PACKAGES = ("torch", "flwr", "opacus", "transformers", "onnxruntime-training-cpu")
 
@@ -93,6 +97,21 @@ def figures(summary: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
+def over_seeds(summaries: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Return the median of every figure over demos of several seeds, with its range."""
+    columns = zip(*(figures(summary) for summary in summaries), strict=True)
+    seeds = ", ".join(str(summary["seed"]) for summary in summaries)
+    return [
+        dataclasses.replace(
+            column[0],
+            value=statistics.median(f.value for f in column),
+            spread=(min(f.value for f in column), max(f.value for f in column)),
+            note=f"seeds {seeds}",
+        )
+        for column in columns
+    ]
+
+
 def readme_table(summary: Mapping[str, Any]) -> str:
     """Return the demo's table and the facts under it as Markdown."""
     rows = [f"| {' | '.join(row)} |" for row in rows_of(summary)]
@@ -101,12 +120,19 @@ def readme_table(summary: Mapping[str, Any]) -> str:
     return "\n".join([*head, *rows, "", *facts])
 
 
-def run_demo(quick: bool) -> dict[str, Any]:
+def run_demo(seed: int, quick: bool) -> dict[str, Any]:
     """Run the demo as a user would, in a process of its own, and return its summary."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "demo"
         command = [sys.executable, "-m", "anabranch.cli.main", "demo", "--output", str(output)]
-        command += ["--threads", str(THREADS), "--json", *(["--quick"] if quick else [])]
+        command += [
+            "--seed",
+            str(seed),
+            "--threads",
+            str(THREADS),
+            "--json",
+            *(["--quick"] if quick else []),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         summary: dict[str, Any] = json.loads(done.stdout)
         return summary
@@ -116,17 +142,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the small demo, two minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and figures here")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="of a demo that was run")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", action="append", help="of a demo that was run"
+    )
     parser.add_argument("--readme", action="store_true", help="write the README's table, too")
     chosen = parser.parse_args(argv)
     if chosen.summary is not None:
-        summary = json.loads(chosen.summary.read_text())
+        summaries = [json.loads(path.read_text()) for path in chosen.summary]
     else:
-        summary = run_demo(chosen.quick)
+        summaries = [run_demo(s, chosen.quick) for s in (SEEDS[:1] if chosen.quick else SEEDS)]
+    summary = summaries[0]
     head = header(
         "demo", packages=PACKAGES, threads=THREADS, seed=summary["seed"], quick=chosen.quick
     )
-    report(head, figures(summary), chosen.json)
+    report(head, over_seeds(summaries), chosen.json)
     if chosen.readme:
         write_between_markers(ROOT / "README.md", "demo", readme_table(summary))
         picture = Path(summary["folder"]) / "comparison.svg"

@@ -291,7 +291,10 @@ def _report(
             "speciality; categories in the test set are in no hospital's records."
         ),
         site_accuracy=at_sites,
-        sites_evaluated_on="the test records of each hospital's own speciality",
+        sites_evaluated_on=(
+            "the test records of each hospital's own speciality; one that has hardly seen other "
+            "chapters has fewer to confuse them with, and codes nothing else"
+        ),
         rounds_evaluated_on=f"{len(data.validation)} validation texts of further categories",
         evaluated_on=f"{len(data.test)} diagnosis texts of unseen categories",
         confusion_of="the adapter trained with DP, on the test records",
