@@ -2,8 +2,7 @@
 
 A spend is written before training and stays, whatever happens then:
 
-    reserve ──► reserved ──► settle ──► settled        counted
-                   └───────► withdraw ► withdrawn      not counted: no step was taken
+    reserve ──► reserved ──► settle ──► settled
 
 A crash between reserve and settle leaves `reserved`, which counts: the update may have left.
 The same round reserved again counts again. Each spend names the data set (its fingerprint)
@@ -41,7 +40,7 @@ CREATE TABLE spends (
     noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
     sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
     steps INTEGER NOT NULL CHECK (steps >= 1),
-    state TEXT NOT NULL CHECK (state IN ('reserved', 'settled', 'withdrawn'))
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'settled'))
 ) STRICT;
 """
 
@@ -95,22 +94,12 @@ class Ledger:
                 )
             db.execute("UPDATE spends SET state = 'settled' WHERE id = ?", (entry,))
 
-    def withdraw(self, entry: int) -> None:
-        """Stop counting an open entry. Only for training that was refused before its first step."""
-        with self._transaction() as db:
-            changed = db.execute(
-                "UPDATE spends SET state = 'withdrawn' WHERE id = ? AND state = 'reserved'",
-                (entry,),
-            ).rowcount
-            if changed != 1:
-                raise PrivacyError(f"{self.path}: entry {entry} is not open, it stays counted")
-
     def history(self, run: str | None = None) -> list[Spend]:
         """Return what the records have spent, oldest first; of one run, if `run` is given."""
         with self._transaction() as db:
             rows = db.execute(
                 "SELECT noise_multiplier, sample_rate, steps FROM spends "
-                "WHERE (run = ? OR ? IS NULL) AND state <> 'withdrawn' ORDER BY id",
+                "WHERE run = ? OR ? IS NULL ORDER BY id",
                 (run, run),
             ).fetchall()
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,24 +26,6 @@ PROBES = (
     "x" * 150 + " $9.99 5mg/ml a_b ^ ~ ` + = < > | \u037e \u00b7 \u2014 \u30fb",
     "e\u0301 \u0915\u093c \u302e\u0323 🙂 👩‍⚕️",
 )
-
-
-def read_tokenizer(folder: Path, *, max_tokens: int) -> TokenizerData:
-    """Return the data of the tokenizer in a model folder.
-
-    Raises ModelError when there is none, or when it is not WordPiece.
-    """
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder, expected one with a tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from None
-    return tokenizer_data(tokenizer, max_tokens=max_tokens)
 
 
 def tokenizer_data(tokenizer: Any, *, max_tokens: int) -> TokenizerData:

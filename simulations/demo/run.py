@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from anabranch.client.data.records import Records, load_records
 from anabranch.client.files import write_atomic
-from anabranch.client.site import MODELS
-from anabranch.client.tuning.metrics import evaluate
+from anabranch.client.site import MODELS, require_device
+from anabranch.client.tuning.metrics import confusion, evaluate
 from anabranch.edge.runtime.classify import Model
 from anabranch.protocols.config import Device, RunConfig, parse
 from anabranch.server import outcome
@@ -94,6 +94,7 @@ def run_demo(
     what it can reach. Raises ConfigError if `output` is not empty or the device is not there.
     """
     started = time.monotonic()
+    require_device(device)
     torch.set_num_threads(threads)
     alone_toml, plain_toml, private_toml = (run_toml(n, seed, quick) for n in CONFIGURATIONS)
     plain, private = parse(plain_toml, source="federated"), parse(private_toml, source="private")
@@ -129,7 +130,8 @@ def run_demo(
         "num_test": len(data.test),
         "release": outcome.release_summary(made),
     }
-    _, matrix = outcome.measure(private_run, data.test)
+    guesses = predictions["federated_dp"].argmax(1)
+    matrix = confusion(guesses, data.test.labels, len(private.task.labels)).tolist()
     at_sites = _accuracy_by_hospital(predictions, data)
     _report(private_run, open_run, summary, made, matrix, metrics, data, at_sites)
     folder.summarise(summary)

@@ -33,25 +33,21 @@ def ledger(tmp_path: Path) -> Ledger:
         st.tuples(
             st.sampled_from([DATA, OTHER]),
             st.integers(1, 3),
-            st.sampled_from(["reserve", "settle", "withdraw"]),
+            st.sampled_from(["reserve", "settle"]),
         ),
         max_size=8,
     )
 )
-def test_every_reservation_counts_unless_it_was_withdrawn(
+def test_every_reservation_counts_settled_or_not(
     tmp_path_factory: pytest.TempPathFactory, script: list[tuple[str, int, str]]
 ) -> None:
     ledger = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite")
-    expected = 0
     for data, round_number, then in script:
         entry = ledger.reserve(data, "run", round_number, SPEND)
         if then == "settle":
             ledger.settle(entry, SPEND)
-        if then == "withdraw":
-            ledger.withdraw(entry)
-        expected += then != "withdraw"
 
-    assert ledger.history() == [SPEND] * expected
+    assert ledger.history() == [SPEND] * len(script)
 
 
 def test_a_spend_comes_back_bit_for_bit(ledger: Ledger) -> None:
@@ -161,13 +157,12 @@ def test_settling_something_else_is_refused_and_stays_reserved(ledger: Ledger) -
     assert ledger.history() == [SPEND]
 
 
-@pytest.mark.parametrize("then", ["settle", "withdraw"])
-def test_an_entry_is_closed_once(ledger: Ledger, then: str) -> None:
+def test_an_entry_is_closed_once(ledger: Ledger) -> None:
     entry = ledger.reserve(DATA, "run", 1, SPEND)
     ledger.settle(entry, SPEND)
 
     with pytest.raises(PrivacyError, match=f"entry {entry} is not open"):
-        ledger.settle(entry, SPEND) if then == "settle" else ledger.withdraw(entry)
+        ledger.settle(entry, SPEND)
 
     assert ledger.history() == [SPEND]
 

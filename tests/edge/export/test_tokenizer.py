@@ -6,7 +6,6 @@ import pytest
 
 from anabranch.edge.export.tokenizer import (
     PROBES,
-    read_tokenizer,
     tokenizer_data,
     write_tokenizer,
 )
@@ -27,7 +26,7 @@ def test_a_written_tokenizer_reads_back_and_gives_the_ids_of_its_source(
     wordpiece_folder: Make, tmp_path: Path, lowercase: bool
 ) -> None:
     folder = wordpiece_folder(tmp_path / "model", lowercase=lowercase)
-    data = read_tokenizer(folder, max_tokens=16)
+    data = tokenizer_data(reference(folder), max_tokens=16)
     ours = WordPiece(parse(write_tokenizer(data)))
     theirs = reference(folder)
 
@@ -80,7 +79,7 @@ def test_a_tokenizer_that_devices_cannot_read_is_refused(
     folder = wordpiece_folder(tmp_path / "model", **change)
 
     with pytest.raises(ModelError, match=message):
-        read_tokenizer(folder, max_tokens=16)
+        tokenizer_data(reference(folder), max_tokens=16)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(wordpiece_folder: Make, tmp_path: Path) -> None:
@@ -94,11 +93,3 @@ def test_a_token_outside_the_vocabulary_is_refused(wordpiece_folder: Make, tmp_p
 def test_a_tokenizer_without_a_fast_form_is_refused() -> None:
     with pytest.raises(ModelError, match="tokenizer object: no fast tokenizer"):
         tokenizer_data(object(), max_tokens=16)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no such folder"):
-        read_tokenizer(tmp_path / "absent", max_tokens=16)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="the tokenizer cannot be read"):
-        read_tokenizer(tmp_path, max_tokens=16)
