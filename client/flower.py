@@ -31,7 +31,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from anabranch.protocols import messages, wire
-from anabranch.protocols.adapter import Adapter, AdapterSpec, Delta, shown
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import Name, RunConfig
 from anabranch.protocols.errors import (
     AnabranchError,
@@ -43,6 +43,7 @@ from anabranch.protocols.errors import (
     ProtocolError,
 )
 from anabranch.protocols.messages import Assignment, Evaluated, Reason, Refused, Trained
+from anabranch.protocols.spec import AdapterSpec, shown
 
 FRAME_TYPE = "anabranch.frame/1"
 DESCRIBE = "query.describe"  # Flower's message type: a query, by name

@@ -1,89 +1,24 @@
-"""The one value that travels: a LoRA adapter, and the delta that local training makes of it.
-
-Notation, for a frozen linear layer W of shape (out, in):
-
-    h = W x + s · B A x        A: (rank, in)   B: (out, rank)   s = alpha / rank
-
-An `AdapterSpec` names every trainable tensor: the factors `<module>.lora_A.weight` and
-`<module>.lora_B.weight` of each adapted layer, and dense tensors (the head, and any module
-trained in full). Arrays are float32, in C order, and always matched by name.
-"""
+"""The one value that travels: a LoRA adapter, and the delta that local training makes of it."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.protocols.errors import IncompatibleAdapter
+from anabranch.protocols.part import Part
+from anabranch.protocols.spec import (
+    AdapterSpec,
+    Arrays,
+    Shape,
+    require_same_shapes,
+    require_same_spec,
+)
 
-Arrays = Mapping[str, NDArray[np.float32]]
-Shape = tuple[int, ...]
-
-LORA_A = ".lora_A.weight"
-LORA_B = ".lora_B.weight"
-
-# Names are shown in errors and become keys of files, so: no blanks, no control characters.
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}")
-DIGEST = re.compile(r"[0-9a-f]{64}")
-MAX_DIMENSIONS = 8
-MAX_SIZE = 2**31 - 1  # of one dimension, and the largest rank
-
-
-class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an adapter is made of, and the base model it belongs to.
-
-    Checked on construction, also when it comes from a peer: names are plain, unique and
-    ascending, every dimension is at least 1, and each target has its two factors with the
-    spec's rank. Raises IncompatibleAdapter naming the first thing that is wrong.
-    """
-
-    base: str  # SHA-256 of the frozen base weights, hex
-    tokenizer: str  # SHA-256 of the tokenizer, hex; "" for images and tables
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]  # names of the adapted linear layers, ascending
-    tensors: tuple[tuple[str, Shape], ...]  # (name, shape) of every trainable tensor, ascending
-
-    def __post_init__(self) -> None:
-        # One value, one encoding: 16 and 16.0 would give two digests, NumPy integers none.
-        fix = msgspec.structs.force_setattr
-        fix(self, "alpha", float(self.alpha))
-        fix(self, "targets", tuple(self.targets))
-        fix(self, "tensors", tuple((n, tuple(int(d) for d in s)) for n, s in self.tensors))
-        _require_plain_spec(self)
-        _require_factors(self)
-
-    @property
-    def scaling(self) -> float:
-        """Return s = alpha / rank, the factor on B A (1 for an adapter without factors)."""
-        return self.alpha / self.rank if self.rank else 1.0
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Return name -> shape."""
-        return dict(self.tensors)
-
-    @property
-    def num_values(self) -> int:
-        """Return the number of trainable values."""
-        return sum(math.prod(shape) for _, shape in self.tensors)
-
-    def factors(self) -> Iterator[tuple[str, str, str]]:
-        """Yield (module, name of A, name of B) of every adapted layer."""
-        for module in self.targets:
-            yield module, module + LORA_A, module + LORA_B
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the canonical JSON of this spec: its identity."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+WHOLE = Part()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,77 +31,82 @@ class Adapter:
     def __post_init__(self) -> None:
         object.__setattr__(self, "arrays", checked(self.spec, self.arrays))
 
-    def minus(self, before: Adapter, *, num_examples: int) -> Delta:
-        """Return what training changed: self − before."""
+    def minus(
+        self, before: Adapter, *, num_examples: int, part: Part = WHOLE, steps: int = 0
+    ) -> Delta:
+        """Return what training changed in `part`: self − before."""
         require_same_spec(before.spec, self.spec)
-        arrays = {name: a - before.arrays[name] for name, a in self.arrays.items()}
-        return Delta(self.spec, arrays, num_examples)
+        now, then = (part.take(self.spec, one.arrays) for one in (self, before))
+        arrays = {name: array - then[name] for name, array in now.items()}
+        return Delta(self.spec, arrays, num_examples, part=part, steps=steps)
 
     def plus(self, delta: Delta) -> Adapter:
-        """Return self + delta."""
+        """Return self + delta; what is not in the delta's part stays as it is."""
         require_same_spec(self.spec, delta.spec)
-        return Adapter(self.spec, {n: a + delta.arrays[n] for n, a in self.arrays.items()})
+        change = delta.full()
+        return Adapter(self.spec, {name: a + change[name] for name, a in self.arrays.items()})
+
+    def only(self, part: Part) -> Adapter:
+        """Return this adapter with zeros in place of what is not in `part`."""
+        taken = part.take(self.spec, self.arrays)
+        return Adapter(self.spec, part.spread(self.spec, taken))
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Adapter after local training minus adapter before it.
+    """Adapter after local training minus adapter before it, for what was trained.
 
-    Deltas of one spec form a vector space: `plus` and `times` are its operations.
+    Deltas of one spec and part form a vector space: `plus` and `times` are its operations.
     """
 
     spec: AdapterSpec
-    arrays: Arrays
+    arrays: Arrays  # of the shapes part.shapes(spec)
     num_examples: int  # local records behind this delta
+    part: Part = WHOLE
+    steps: int = 0  # local optimiser steps behind this delta; 0: not said
 
     def __post_init__(self) -> None:
-        if self.num_examples < 0:
-            raise ValueError(f"expected num_examples >= 0, got {self.num_examples}")
-        object.__setattr__(self, "arrays", checked(self.spec, self.arrays))
+        for name in ("num_examples", "steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        shapes = self.part.shapes(self.spec)
+        object.__setattr__(self, "arrays", checked_shapes(shapes, self.arrays))
 
     def plus(self, other: Delta) -> Delta:
-        """Return self + other; examples add up."""
+        """Return self + other; examples and steps add up."""
         require_same_spec(self.spec, other.spec)
+        if self.part != other.part:
+            raise IncompatibleAdapter(f"delta is of {other.part}, expected {self.part}")
         arrays = {name: a + other.arrays[name] for name, a in self.arrays.items()}
-        return Delta(self.spec, arrays, self.num_examples + other.num_examples)
+        examples = self.num_examples + other.num_examples
+        return Delta(self.spec, arrays, examples, part=self.part, steps=self.steps + other.steps)
 
     def times(self, factor: float) -> Delta:
-        """Return factor × self; num_examples is unchanged."""
+        """Return factor × self; num_examples and steps are unchanged."""
         arrays = {name: a * np.float32(factor) for name, a in self.arrays.items()}
-        return Delta(self.spec, arrays, self.num_examples)
+        return Delta(self.spec, arrays, self.num_examples, part=self.part, steps=self.steps)
+
+    def full(self) -> dict[str, NDArray[np.float32]]:
+        """Return arrays of the spec's shapes, with zeros where nothing was trained."""
+        if self.part == WHOLE:
+            return dict(self.arrays)
+        return self.part.spread(self.spec, self.arrays)
 
     def norm(self) -> float:
         """Return the Euclidean norm over all values, accumulated in float64."""
         return float(np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in self.arrays.values())))
 
 
-def require_same_spec(expected: AdapterSpec, got: AdapterSpec) -> None:
-    """Raise IncompatibleAdapter, naming the first difference, unless the specs are equal."""
-    if expected == got:
-        return
-    for field, what in (("base", "base model"), ("tokenizer", "tokenizer")):
-        ours, theirs = getattr(expected, field), getattr(got, field)
-        if ours != theirs:
-            raise IncompatibleAdapter(
-                f"adapter is for {what} {theirs[:12] or 'none'}…, expected {ours[:12] or 'none'}…: "
-                f"load the same {what} on both sides"
-            )
-    for field in ("rank", "alpha"):
-        if getattr(expected, field) != getattr(got, field):
-            raise IncompatibleAdapter(
-                f"adapter has {field} {getattr(got, field)}, expected {getattr(expected, field)}"
-            )
-    for module in sorted(set(expected.targets) ^ set(got.targets)):
-        ours = "a target" if module in expected.targets else "no target"
-        raise IncompatibleAdapter(f"{module}: expected {ours} of the adapter; use one [lora] table")
-    _require_same_shapes(expected.shapes, got.shapes)
-
-
 def checked(spec: AdapterSpec, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
     """Return arrays as float32 in the spec's order, or raise IncompatibleAdapter."""
-    _require_same_shapes(spec.shapes, {name: np.shape(a) for name, a in arrays.items()})
+    return checked_shapes(spec.shapes, arrays)
+
+
+def checked_shapes(shapes: Mapping[str, Shape], arrays: Arrays) -> dict[str, NDArray[np.float32]]:
+    """Return arrays as float32 in the order of `shapes`, or raise IncompatibleAdapter."""
+    require_same_shapes(shapes, {name: np.shape(a) for name, a in arrays.items()})
     result = {}
-    for name, _ in spec.tensors:
+    for name in shapes:
         array = np.asarray(arrays[name])
         if array.dtype != np.float32:
             raise IncompatibleAdapter(f"{name}: expected float32, got {array.dtype}")
@@ -175,72 +115,3 @@ def checked(spec: AdapterSpec, arrays: Arrays) -> dict[str, NDArray[np.float32]]
             raise IncompatibleAdapter(f"{name}: {bad} of {array.size} values are NaN or infinite")
         result[name] = np.asarray(array, order="C")
     return result
-
-
-def _require_same_shapes(expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:
-    for name in sorted(expected.keys() | got.keys()):
-        a, b = expected.get(name, "absent"), got.get(name, "absent")
-        if a != b:
-            raise IncompatibleAdapter(f"{name}: expected shape {a}, got {b}")
-
-
-def shown(text: str, limit: int = 80) -> str:
-    """Return text that came from a peer so that it is safe in an error or a log: ASCII, short."""
-    return ascii(text if len(text) <= limit else text[:limit] + "…")
-
-
-def _require_plain_spec(spec: AdapterSpec) -> None:
-    """Refuse digests, numbers, names and shapes that no adapter can have."""
-    if not DIGEST.fullmatch(spec.base):
-        raise IncompatibleAdapter(f"base: expected 64 hex digits, got {shown(spec.base)}")
-    if spec.tokenizer and not DIGEST.fullmatch(spec.tokenizer):
-        raise IncompatibleAdapter(
-            f"tokenizer: expected 64 hex digits or nothing, got {shown(spec.tokenizer)}"
-        )
-    if not 0 <= spec.rank <= MAX_SIZE:
-        raise IncompatibleAdapter(f"rank: expected 0 to {MAX_SIZE}, got {spec.rank}")
-    if not (math.isfinite(spec.alpha) and spec.alpha > 0):
-        raise IncompatibleAdapter(f"alpha: expected a number > 0, got {spec.alpha}")
-    if not spec.tensors:
-        raise IncompatibleAdapter("tensors: expected at least one, got none")
-    _require_ascending("targets", spec.targets)
-    _require_ascending("tensors", [name for name, _ in spec.tensors])
-    for name, shape in spec.tensors:
-        if len(shape) > MAX_DIMENSIONS or not all(1 <= size <= MAX_SIZE for size in shape):
-            raise IncompatibleAdapter(
-                f"{name}: expected at most {MAX_DIMENSIONS} dimensions of 1 to {MAX_SIZE}, "
-                f"got shape {shown(str(shape))}"
-            )
-
-
-def _require_ascending(what: str, names: Sequence[str]) -> None:
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise IncompatibleAdapter(
-                f"{what}: {shown(name)} is no name (letters, digits and _.-, at most 256)"
-            )
-    for before, after in pairwise(names):
-        if before == after:
-            raise IncompatibleAdapter(f"{what}: {shown(after)} appears twice")
-        if before > after:
-            raise IncompatibleAdapter(f"{what}: {shown(after)} must come before {shown(before)}")
-
-
-def _require_factors(spec: AdapterSpec) -> None:
-    """Refuse a target without its factors (rank, in) and (out, rank), and factors without one."""
-    shapes = spec.shapes
-    expected = {name for _, a, b in spec.factors() for name in (a, b)}
-    if spec.targets and spec.rank == 0:
-        raise IncompatibleAdapter(f"rank 0 has no factors, but target {shown(spec.targets[0])}")
-    for _, a, b in spec.factors():
-        for name, axis, form in ((a, 0, "(rank, in)"), (b, 1, "(out, rank)")):
-            shape = shapes.get(name)
-            if shape is None:
-                raise IncompatibleAdapter(f"{name}: missing, but its module is a target")
-            if len(shape) != 2 or shape[axis] != spec.rank:
-                raise IncompatibleAdapter(
-                    f"{name}: expected shape {form} with rank {spec.rank}, got {shape}"
-                )
-    for name in shapes:
-        if name.endswith((LORA_A, LORA_B)) and name not in expected:
-            raise IncompatibleAdapter(f"{name}: a factor, but its module is not a target")

@@ -22,15 +22,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from anabranch.protocols.adapter import (
-    Adapter,
-    AdapterSpec,
-    Delta,
-    checked,
-    require_same_spec,
-    shown,
-)
+from anabranch.protocols.adapter import Adapter, Delta, checked
 from anabranch.protocols.errors import MalformedMessage
+from anabranch.protocols.spec import AdapterSpec, require_same_spec, shown
 
 MAGIC = b"ABA1"
 MAX_HEADER = 1 << 20  # bytes: names and shapes of some 10,000 tensors

@@ -19,9 +19,10 @@ from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
 from anabranch.client.flower import unpack_described, unpack_evaluated, unpack_trained
-from anabranch.protocols.adapter import AdapterSpec, Delta
+from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import IncompatibleAdapter, MalformedMessage, ProtocolError
 from anabranch.protocols.messages import Evaluated, Refused, Trained
+from anabranch.protocols.spec import AdapterSpec
 
 R = TypeVar("R", Trained, Evaluated)
 

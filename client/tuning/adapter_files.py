@@ -14,8 +14,9 @@ from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import load_adapter, merged_weights
 from anabranch.client.tuning.peft_folder import read_about, read_peft, write_peft
 from anabranch.protocols import wire
-from anabranch.protocols.adapter import Adapter, require_same_spec
+from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError, ModelError
+from anabranch.protocols.spec import require_same_spec
 
 FRAME = ".adapter"
 

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anabranch.client.tuning.lora import HEAD, base_weights
-from anabranch.protocols.adapter import AdapterSpec
 from anabranch.protocols.errors import ModelError
+from anabranch.protocols.spec import AdapterSpec
 
 
 class Classifier(nn.Module, ABC):

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from anabranch.protocols.adapter import Adapter, AdapterSpec, require_same_spec
+from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import Lora
 from anabranch.protocols.errors import ModelError
+from anabranch.protocols.spec import AdapterSpec, require_same_spec
 
 if TYPE_CHECKING:
     from anabranch.client.tuning.classifier import Classifier

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from anabranch.client.files import write_atomic
-from anabranch.protocols.adapter import LORA_A, LORA_B, Adapter, AdapterSpec, require_same_spec
+from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import IncompatibleAdapter, ModelError
+from anabranch.protocols.spec import LORA_A, LORA_B, AdapterSpec, require_same_spec
 
 CONFIG = "adapter_config.json"
 FACTORS = "adapter_model.safetensors"

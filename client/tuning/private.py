@@ -38,9 +38,9 @@ from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.schedule import learning_rate_factor
 from anabranch.client.tuning.training import make_optimizer
-from anabranch.protocols.adapter import LORA_A, LORA_B
 from anabranch.protocols.config import Training
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.spec import LORA_A, LORA_B
 
 AUTOMATIC_STABILITY = 0.01  # gamma of AUTO-S, the value of the paper
 PHYSICAL_BATCH = 64  # records whose gradients are in memory at once

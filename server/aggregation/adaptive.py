@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from anabranch.protocols.adapter import AdapterSpec, Delta
+from anabranch.protocols.adapter import Delta
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.aggregation.rule import Aggregator, S
 
 Moments = dict[str, NDArray[np.float64]]

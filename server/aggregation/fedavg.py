@@ -20,7 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from anabranch.protocols.adapter import AdapterSpec, Delta, require_same_spec
+from anabranch.protocols.adapter import Delta
+from anabranch.protocols.spec import AdapterSpec, require_same_spec
 from anabranch.server.aggregation.rule import Aggregator
 
 # No site holds this many records; a larger weight would silence every other client.

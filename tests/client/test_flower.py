@@ -42,10 +42,11 @@ from anabranch.client.flower import (
     unpack_trained,
 )
 from anabranch.protocols import errors, wire
-from anabranch.protocols.adapter import Adapter, AdapterSpec, Delta
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import DataError, IncompatibleAdapter, MalformedMessage
 from anabranch.protocols.messages import Assignment, Evaluated, Refused, Trained
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.simulations.grid import InProcessGrid
 from tests.simulations.rig import SPEC, ToySite, adapter, config, rewrite, with_value
 

@@ -9,15 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from anabranch.protocols.adapter import (
-    Adapter,
-    AdapterSpec,
-    Delta,
-    checked,
-    require_same_spec,
-    shown,
-)
+from anabranch.protocols.adapter import Adapter, Delta, checked
 from anabranch.protocols.errors import IncompatibleAdapter
+from anabranch.protocols.spec import AdapterSpec, require_same_spec, shown
 
 FIELDS: dict[str, Any] = {
     "base": "b" * 64,

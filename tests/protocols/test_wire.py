@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from anabranch.protocols import errors, wire
-from anabranch.protocols.adapter import Adapter, AdapterSpec, Delta
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import IncompatibleAdapter, MalformedMessage, ProtocolError
+from anabranch.protocols.spec import AdapterSpec
 
 HERE = Path(__file__).parent
 ATTACKS = sorted((HERE / "attacks").glob("*.txt"))

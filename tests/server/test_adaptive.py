@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.protocols.adapter import AdapterSpec, Delta
+from anabranch.protocols.adapter import Delta
 from anabranch.protocols.config import Federation, Server
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.aggregation.adaptive import constant, fedadam, linear_decay
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.aggregation.fedavg import fedavg

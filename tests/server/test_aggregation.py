@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.protocols.adapter import AdapterSpec, Delta
+from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import IncompatibleAdapter
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.aggregation.fedavg import fedavg, weighted_mean
 from anabranch.server.aggregation.rule import Aggregator
 

@@ -5,7 +5,6 @@ import msgspec
 import pytest
 
 from anabranch.edge.runtime.manifest import File
-from anabranch.protocols.adapter import AdapterSpec
 from anabranch.protocols.config import (
     Column,
     Contract,
@@ -17,6 +16,7 @@ from anabranch.protocols.config import (
     Training,
 )
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.card import Checks, RunFacts, SitePrivacy, model_card, privacy_statement
 
 CONFIG = RunConfig(

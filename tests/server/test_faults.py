@@ -12,10 +12,11 @@ from flwr.clientapp import ClientApp
 
 from anabranch.client.flower import DESCRIBE, client_app
 from anabranch.protocols import wire
-from anabranch.protocols.adapter import Adapter, AdapterSpec, Delta
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import DataError, PrivacyError, RunError
 from anabranch.protocols.messages import Assignment, Trained
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.aggregation.fedavg import fedavg
 from anabranch.server.aggregation.rule import Aggregator
 from anabranch.server.result import Result

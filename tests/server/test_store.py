@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from anabranch.protocols import wire
-from anabranch.protocols.adapter import Adapter, AdapterSpec
+from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.store import RunFolder
 
 SPEC = AdapterSpec(

@@ -19,9 +19,10 @@ from flwr.clientapp import ClientApp
 
 from anabranch.client.flower import SiteLike, client_app
 from anabranch.protocols import wire
-from anabranch.protocols.adapter import Adapter, AdapterSpec, Delta
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.simulations.grid import InProcessGrid
 
 SPEC = AdapterSpec(
