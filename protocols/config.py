@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.part import Part
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -108,11 +109,24 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30  # frozen-prefix activations
 
 
+Method = Literal[
+    "fedavg", "ffa", "rolora", "altqr", "fedex", "flora", "flexlora", "hetlora", "fedsa"
+]
+ONE_FACTOR = frozenset({"ffa", "rolora", "altqr", "fedsa"})  # clients send A or B, never both
+RESIDUAL = frozenset({"fedex", "flora"})  # an extra adapter holds what the factors cannot
+BUFFERED = frozenset({"fedavg", "ffa", "fedsa"})  # a late delta still fits
+REGAUGED = frozenset({"altqr", "fedex", "flora", "flexlora"})  # factors change between rounds
+
+
 class Federation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[federation]: the rounds."""
 
     rounds: Count
-    method: Literal["fedavg"] = "fedavg"
+    method: Method = "fedavg"
+    absent_ranks: Literal["zero", "skip"] = "zero"  # fedavg: what a client of lower rank counts as
+    residual_rank: Count | None = None  # fedex, flora: rank of the extra adapter; None: lora.rank
+    normalize_steps: bool = False  # FedNova: unequal local steps count the same
+    buffer: Count | None = None  # FedBuff: merge as soon as so many deltas are there; None: rounds
     proximal_mu: NotNegative = 0.0  # FedProx: + mu/2 · ‖w − w_t‖²; 0 is FedAvg
     weighting: Literal["examples", "uniform"] = "examples"
     cohort: Count | None = None  # clients asked per round; None: all that are connected
@@ -126,13 +140,49 @@ class Federation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Server(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[server]: an optimiser on the mean delta; without this table the mean is added as it is."""
 
-    optimizer: Literal["adam"] = "adam"  # FedAdam
+    optimizer: Literal["momentum", "adam", "yogi", "adagrad"] = "adam"
     learning_rate: Positive
     head_learning_rate: Positive | None = None  # None: learning_rate
-    beta1: Share = 0.9
+    beta1: Share = 0.9  # momentum uses this one alone
     beta2: Share = 0.99
     tau: Positive = 1e-8
+    bias_correction: bool = False  # adam: Kingma and Ba's; the FedAdam paper leaves it out
     schedule: Literal["constant", "linear"] = "constant"  # over the run's rounds
+
+
+class Robust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[robust]: what takes the place of the mean. Every client counts the same."""
+
+    rule: Literal[
+        "norm-clipping",
+        "median",
+        "trimmed-mean",
+        "krum",
+        "multi-krum",
+        "geometric-median",
+        "centred-clipping",
+    ]
+    byzantine: Annotated[int, msgspec.Meta(ge=0)] | None = None  # f; krum, multi-krum: required
+    trim: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] = 0.2  # trimmed-mean: cut at each end
+    clipping_norm: Positive | None = None  # the clippings; None: median norm of the round
+    iterations: Count = 8  # geometric-median, centred-clipping
+
+
+class Uplink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[uplink]: how deltas are written on their way to the coordinator."""
+
+    codec: Literal["fp32", "fp16", "int8", "int4", "top-k"] = "fp32"
+    keep: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.1  # top-k: share of the values sent
+    error_feedback: bool = False  # what the codec left out is added to the next delta
+
+
+class Personal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[personal]: what a site trains for itself and never sends."""
+
+    head: Literal["shared", "local"] = "shared"  # local: every site keeps a head of its own
+    rank: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0  # of a private adapter beside the shared
+    pull: NotNegative = 0.1  # Ditto's lambda: towards the shared model
+    local_epochs: Count = 1  # of the private adapter, in every round
 
 
 class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -161,12 +211,35 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     lora: Lora = Lora()
     training: Training = Training()
     server: Server | None = None
+    robust: Robust | None = None
+    uplink: Uplink = Uplink()
+    personal: Personal = Personal()
     privacy: Privacy | None = None
     release: Release = Release()
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def adapter(self) -> Lora:
+        """Return [lora] as the method needs it: fedex and flora carry an extra frozen adapter.
+
+        Its ranks come after those that are trained, and alpha / rank stays what it was.
+        """
+        if self.federation.method not in RESIDUAL or not self.lora.rank:
+            return self.lora
+        rank = self.lora.rank + (self.federation.residual_rank or self.lora.rank)
+        return msgspec.structs.replace(
+            self.lora, rank=rank, alpha=self.lora.alpha * rank / self.lora.rank
+        )
+
+    @property
+    def kept(self) -> Part | None:
+        """Return what every site trains with its part of the adapter and keeps to itself."""
+        if self.federation.method == "fedsa":
+            return Part(factors="B")
+        return Part(factors="none") if self.personal.head == "local" else None
 
     def digest(self) -> str:
         """Return the SHA-256 of the canonical JSON: the identity of the agreement."""
@@ -230,8 +303,65 @@ def _check(config: RunConfig) -> None:
             f"training.class_weights: expected {len(labels)} numbers, one per label, "
             f"got {len(training.class_weights)}"
         )
+    _check_method(config)
     if config.privacy is not None:
         _check_private(config)
+
+
+def _check_method(config: RunConfig) -> None:
+    """Refuse tables that do not go with the aggregation method."""
+    federation, robust, method = config.federation, config.robust, config.federation.method
+    if method in REGAUGED and config.server is not None:
+        raise ConfigError(
+            f'[server] does not go with federation.method = "{method}": it writes the factors '
+            "anew every round, so moments of earlier rounds belong to other coordinates. Leave "
+            '[server] out, or take "fedavg", "ffa" or "rolora"'
+        )
+    if federation.buffer is not None and method not in BUFFERED:
+        raise ConfigError(
+            f'federation.buffer does not go with federation.method = "{method}": a late delta '
+            'belongs to factors that are no more. Take "ffa", whose A is fixed'
+        )
+    if federation.residual_rank is not None and method not in RESIDUAL:
+        raise ConfigError(f'federation.residual_rank is for "fedex" and "flora", not "{method}"')
+    if federation.absent_ranks != "zero" and method != "fedavg":
+        raise ConfigError(f'federation.absent_ranks is for "fedavg", not "{method}"')
+    if config.lora.rank == 0 and method != "fedavg":
+        raise ConfigError(f'federation.method = "{method}" needs lora.rank above 0; take "fedavg"')
+    if robust is not None:
+        _check_robust(robust, config)
+    if config.kept is not None and config.lora.modules_to_save:
+        raise ConfigError(
+            "lora.modules_to_save: with fedsa or a local head, dense tensors stay at the sites; "
+            "leave it empty"
+        )
+    if config.kept is not None and config.lora.rank == 0:
+        raise ConfigError('personal.head = "local" with lora.rank = 0 leaves nothing to share')
+    if config.personal.rank and config.lora.rank == 0:
+        raise ConfigError("personal.rank needs lora.rank above 0: it stands beside that adapter")
+
+
+def _check_robust(robust: Robust, config: RunConfig) -> None:
+    method = config.federation.method
+    factors = config.lora.rank > 0
+    if factors and method not in ONE_FACTOR | {"flexlora"}:
+        raise ConfigError(
+            f'[robust] does not go with federation.method = "{method}": a robust mean of A and B '
+            'apart is no mean of their products. Take "ffa", "rolora" or "altqr" (one factor at '
+            'a time) or "flexlora" (products)'
+        )
+    if method == "flexlora" and robust.rule in ("median", "trimmed-mean"):
+        raise ConfigError(
+            f'robust.rule = "{robust.rule}" works on coordinates, which products of factors do '
+            'not show: take "ffa", "rolora" or "altqr", or another robust rule'
+        )
+    if robust.rule in ("krum", "multi-krum") and robust.byzantine is None:
+        raise ConfigError("robust.byzantine is required: how many clients may lie")
+    if config.federation.normalize_steps or config.federation.buffer is not None:
+        raise ConfigError(
+            "[robust] goes neither with federation.normalize_steps nor with federation.buffer: "
+            "both trust what a client says of itself"
+        )
 
 
 def _check_column(path: str, column: Column) -> None:

@@ -10,8 +10,10 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.config import NotNegative, RunConfig, not_finite
 from anabranch.protocols.errors import ConfigError, MalformedMessage
+from anabranch.protocols.part import Part
 
 MAX_JSON = 4 << 20  # bytes
 
@@ -24,6 +26,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     run: str  # identity of the run
     round: Annotated[int, msgspec.Meta(ge=1)]
     config: RunConfig
+    part: Part = WHOLE  # what to train and send
 
 
 class Trained(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
