@@ -32,7 +32,7 @@ from flwr.clientapp import ClientApp
 
 from anabranch.protocols import messages, wire
 from anabranch.protocols.adapter import Adapter, Delta
-from anabranch.protocols.config import Name, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import (
     AnabranchError,
     ConfigError,
@@ -43,7 +43,9 @@ from anabranch.protocols.errors import (
     ProtocolError,
 )
 from anabranch.protocols.messages import Assignment, Evaluated, Reason, Refused, Trained
+from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec, shown
+from anabranch.protocols.tables import Count, Name, Uplink
 
 FRAME_TYPE = "anabranch.frame/1"
 DESCRIBE = "query.describe"  # Flower's message type: a query, by name
@@ -73,6 +75,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     site: Name
     num_examples: Annotated[int, msgspec.Meta(ge=0, le=wire.MAX_EXAMPLES)]
     held_out: Annotated[int, msgspec.Meta(ge=0, le=wire.MAX_EXAMPLES)]
+    max_rank: Count | None = None  # highest LoRA rank it trains; None: any
 
 
 class SiteLike(Protocol):
@@ -82,11 +85,15 @@ class SiteLike(Protocol):
     def name(self) -> str:
         """Its name in this run."""
 
+    @property
+    def max_rank(self) -> int | None:
+        """The highest LoRA rank it trains; None: any."""
+
     def records(self, config: RunConfig) -> tuple[Sized, Sized]:
         """Return (training, held-out) records, or raise DataError."""
 
-    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, Delta]:
-        """Return what it learned from `adapter`."""
+    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
+        """Return what it learned from `adapter`, the delta as one frame."""
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Return metrics of `adapter` on held-out records."""
@@ -149,8 +156,14 @@ def _evaluate(site: SiteLike, content: RecordDict) -> RecordDict:
 
 def _describe(site: SiteLike, content: RecordDict) -> RecordDict:
     train, held_out = site.records(_unpack(content, Describe).config)
-    described = Described(site=site.name, num_examples=len(train), held_out=len(held_out))
-    return _pack(described)
+    return _pack(
+        Described(
+            site=site.name,
+            num_examples=len(train),
+            held_out=len(held_out),
+            max_rank=site.max_rank,
+        )
+    )
 
 
 def pack_describe(describe: Describe) -> RecordDict:
@@ -163,9 +176,9 @@ def pack_assignment(assignment: Assignment, frame: bytes) -> RecordDict:
     return _pack(assignment, frame=frame)
 
 
-def pack_trained(trained: Trained, delta: Delta) -> RecordDict:
-    """Return the content of the reply to "train"."""
-    return _pack(trained, frame=wire.encode(delta), count=trained.num_examples)
+def pack_trained(trained: Trained, frame: bytes) -> RecordDict:
+    """Return the content of the reply to "train"; `frame` holds the delta."""
+    return _pack(trained, frame=frame, count=trained.num_examples)
 
 
 def pack_evaluated(evaluated: Evaluated) -> RecordDict:
@@ -187,11 +200,17 @@ def unpack_assignment(content: RecordDict) -> tuple[Assignment, Adapter]:
     return _unpack(content, Assignment), wire.decode_adapter(_frame(content))
 
 
-def unpack_trained(content: RecordDict, spec: AdapterSpec) -> tuple[Trained, Delta] | Refused:
-    """Return what a site learned, which must be a delta of `spec`, or why it did not."""
+def unpack_trained(
+    content: RecordDict, spec: AdapterSpec, part: Part, uplink: Uplink
+) -> tuple[Trained, Delta] | Refused:
+    """Return what a site learned, or why it did not.
+
+    It must be a delta of exactly `part` of `spec`, written with the codec of `uplink`.
+    """
     if _kind(content) == "refused":
         return _unpack(content, Refused)
-    return _unpack(content, Trained), wire.decode_delta(_frame(content), spec)
+    trained, frame = _unpack(content, Trained), _frame(content)
+    return trained, wire.decode_delta(frame, spec, part, codec=uplink.codec, keep=uplink.keep)
 
 
 def unpack_evaluated(content: RecordDict) -> Evaluated | Refused:

@@ -27,8 +27,8 @@ from opacus.accountants.analysis.prv import Domain
 from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.optimize import brentq
 
-from anabranch.protocols.config import Privacy, Training
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.tables import Privacy, Training
 
 Clipping = Literal["flat", "automatic"]
 

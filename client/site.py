@@ -1,16 +1,19 @@
 """A site: a folder on its owner's disk, and what it does when the coordinator asks.
 
-    site.toml        name = "cardiology", data = "records.csv", device = "cpu"
+    site.toml        name = "cardiology", data = "records.csv", device = "cpu", max_rank = 4
     ledger.sqlite    privacy spent on its records, over all runs
+    personal/        what it trains for itself and never sends (personal.py)
 
 `Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
-(private if the run says so), ledger, delta. It knows nothing of Flower. What goes wrong is
-logged to the standard error of the site's process; the text of an unforeseen error never leaves.
+(private if the run says so), ledger, delta, frame. It knows nothing of Flower. What goes wrong
+is logged to the standard error of the site's process; the text of an unforeseen error never
+leaves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -18,8 +21,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import torch
 
+from anabranch.client import feedback, personal
 from anabranch.client.data.records import Records, fingerprint, load_records, split
 from anabranch.client.ledger import Ledger
 from anabranch.client.memory import give_back
@@ -32,10 +37,24 @@ from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.prefix import PrefixCache
 from anabranch.client.tuning.private import fit_private
 from anabranch.client.tuning.training import Fit, Schedule, fit, predict, steps_per_round
-from anabranch.protocols.adapter import Adapter, Delta
-from anabranch.protocols.config import Device, Name, RunConfig
-from anabranch.protocols.errors import ConfigError, DataError, ModelError, PrivacyError
+from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import (
+    ConfigError,
+    DataError,
+    IncompatibleAdapter,
+    ModelError,
+    PrivacyError,
+    ProtocolError,
+    RunError,
+)
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
+from anabranch.protocols.spec import AdapterSpec, require_same_spec
+from anabranch.protocols.tables import Count, Device, Lora, Name
+
+CLASSIFIERS = 2  # held per thread: that of the run, and the wider one of the private adapter
+
+log = logging.getLogger(__name__)
 
 
 class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +63,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: Name
     data: Annotated[str, msgspec.Meta(min_length=1)]  # relative to the site's folder
     device: Device = "cpu"
+    max_rank: Count | None = None  # highest LoRA rank this machine trains; None: any
 
 
 def require_device(device: Device) -> None:
@@ -65,20 +85,25 @@ class Models:
         self._local = threading.local()
         self._lock = threading.Lock()
 
-    def classifier(self, config: RunConfig, device: Device) -> Classifier:
-        """Return this thread's classifier for the model, task and LoRA of `config`.
+    def classifier(self, config: RunConfig, device: Device, lora: Lora | None = None) -> Classifier:
+        """Return this thread's classifier for the model, task and adapter of `config`.
 
-        Raises ConfigError if `device` is "cuda" and there is none.
+        `lora` is for another adapter than `config.adapter`. Raises ConfigError if `device` is
+        "cuda" and there is none.
         """
         require_device(device)
-        parts = (config.model, config.task, config.lora, config.data, config.seed, device)
+        lora = config.adapter if lora is None else lora
+        parts = (config.model, config.task, lora, config.data, config.seed, device)
         key = msgspec.json.encode(parts)
         held: dict[bytes, Classifier] = self._local.__dict__.setdefault("classifiers", {})
-        if key not in held:
-            held.clear()  # one adapted model in memory per thread
+        classifier = held.pop(key, None)
+        if classifier is None:
+            while len(held) >= CLASSIFIERS:
+                del held[next(iter(held))]  # the one that was not asked for the longest time
             with self._lock:
-                held[key] = load_classifier(config, device=device)
-        return held[key]
+                classifier = load_classifier(config, lora=lora, device=device)
+        held[key] = classifier
+        return classifier
 
     def cache(self, config: RunConfig) -> PrefixCache:
         """Return this thread's prefix cache of the configured size."""
@@ -109,6 +134,11 @@ class Site:
         self._prepared: dict[tuple[str, int], Sequence[torch.Tensor]] = {}
 
     @property
+    def max_rank(self) -> int | None:
+        """Return the highest LoRA rank this machine trains; None: any."""
+        return self._file.max_rank
+
+    @property
     def ledger(self) -> Ledger:
         """Return the site's privacy ledger; it is opened for each use, and made if absent."""
         return Ledger(self.folder / "ledger.sqlite")
@@ -124,21 +154,30 @@ class Site:
             self._records = {digest: split(records, config.training.holdout, config.seed)}
         return self._records[digest]
 
-    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, Delta]:
-        """Return what this site learned from `adapter` in one round.
+    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
+        """Return what this site learned from `adapter` in one round, the delta as one frame.
 
-        Raises DataError (contract), IncompatibleAdapter (wrong base or shapes), PrivacyError
-        (privacy cannot be established) or ModelError (the base model changed).
+        The delta is of `assignment.part`. Tensors that the run keeps at the site are trained
+        with it, in a private run by the same noisy steps: the part depends on them. The private
+        adapter is trained after it, without noise: it never leaves, and nothing that is sent
+        depends on it.
+
+        Raises DataError (contract), ConfigError (a part beyond `max_rank`),
+        IncompatibleAdapter (wrong base or shapes), PrivacyError (privacy cannot be established)
+        or ModelError (the base model changed, or what the site keeps cannot be read).
         """
         config, started = assignment.config, time.perf_counter()
         train, _ = self.records(config)
-        classifier = self._models.classifier(config, self._file.device)
-        load_adapter(classifier, adapter)
+        self._require_part(assignment, adapter.spec)
+        classifier, start = self._shared(assignment, adapter)
+        beside = self._private(assignment, adapter)
+        load_adapter(classifier, start)
         features = self._features(config, classifier, train)
         examples = Examples(features, torch.from_numpy(train.labels))
+        done: dict[str, Any]
         if config.privacy is None:
             result = self._fit(assignment, classifier, examples)
-            done: dict[str, Any] = {"steps": result.steps, "loss": result.loss}
+            done = {"steps": result.steps, "loss": result.loss}
         else:
             plan = self._fit_private(assignment, classifier, examples, fingerprint(train))
             done = {
@@ -150,14 +189,28 @@ class Site:
             }
         if classifier.compute_base_digest() != adapter.spec.base:
             raise ModelError("the frozen base changed during training: nothing is sent")
-        delta = read_adapter(classifier).minus(adapter, num_examples=len(train))
+        after = read_adapter(classifier)
+        delta = after.minus(
+            start, num_examples=len(train), part=assignment.part, steps=done["steps"]
+        )
+        seed = round_seed(config.seed, f"{self.name}/uplink", assignment.round)
+        rng = np.random.default_rng(seed)
+        frame = feedback.send(delta, adapter, config.uplink, rng, self.folder, assignment.run)
+        if config.kept is not None:
+            personal.kept_tensors(self.folder, assignment.run).save(after.only(config.kept))
+        if beside is not None:
+            self._fit_beside(assignment, adapter, beside, examples)
         give_back()
         seconds = time.perf_counter() - started
         report = Trained(site=self.name, num_examples=len(train), seconds=seconds, **done)
-        return report, delta
+        return report, frame
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
-        """Return metrics of `adapter` on the held-out records; refused in a private run."""
+        """Return metrics of `adapter` on the held-out records; refused in a private run.
+
+        Tensors that the run keeps at the site take the place of those in `adapter`. Metrics of
+        the model with the private adapter, if there is one yet, have names with "personal_".
+        """
         config = assignment.config
         if config.privacy is not None:
             raise PrivacyError(
@@ -167,12 +220,70 @@ class Site:
         _, held = self.records(config)
         if len(held) == 0:
             raise DataError("no held-out records: set training.holdout above 0")
+        classifier, start = self._shared(assignment, adapter)
+        load_adapter(classifier, start)
+        features = self._models.cache(config).prepare(classifier, held.inputs)
+        metrics = evaluate(predict(classifier, features), held.labels)
+        beside = self._private(assignment, adapter)
+        if beside is not None and beside.trained:
+            load_adapter(beside.classifier, beside.start)
+            own = evaluate(predict(beside.classifier, features), held.labels)
+            metrics |= {f"personal_{name}": value for name, value in own.items()}
+        return Evaluated(site=self.name, num_examples=len(held), metrics=metrics)
+
+    def _require_part(self, assignment: Assignment, spec: AdapterSpec) -> None:
+        """Refuse a part that this machine does not train, or that holds what stays here."""
+        part, kept = assignment.part, assignment.config.kept
+        part.shapes(spec)  # refuses ranks that are not there, before anything is spent
+        rank = personal.trained_rank(spec, part, kept)
+        if self.max_rank is not None and rank > self.max_rank:
+            raise ConfigError(
+                f"asked to train rank {rank}, but max_rank = {self.max_rank} in site.toml: take a "
+                "lower lora.rank, a method that gives every site ranks it can train, or raise "
+                "max_rank"
+            )
+        both = set() if kept is None else set(part.names(spec)) & set(kept.names(spec))
+        if both:
+            raise ProtocolError(f"{min(both)} stays at the site in this run, but was asked for")
+
+    def _shared(self, assignment: Assignment, adapter: Adapter) -> tuple[Classifier, Adapter]:
+        """Return the run's classifier, and what was received with what the site has kept."""
+        config = assignment.config
         classifier = self._models.classifier(config, self._file.device)
-        load_adapter(classifier, adapter)
-        logits = predict(classifier, self._models.cache(config).prepare(classifier, held.inputs))
-        return Evaluated(
-            site=self.name, num_examples=len(held), metrics=evaluate(logits, held.labels)
-        )
+        require_same_spec(classifier.spec, adapter.spec)
+        if config.kept is None:
+            return classifier, adapter
+        kept = personal.kept_tensors(self.folder, assignment.run).load(adapter.spec)
+        return classifier, personal.with_kept(adapter, config.kept, kept)
+
+    def _private(self, assignment: Assignment, adapter: Adapter) -> personal.Beside | None:
+        """Return the model with the private adapter; None in a run without."""
+        config = assignment.config
+        if not config.personal.rank:
+            return None
+        lora = personal.wider(config, self.max_rank)
+        classifier = self._models.classifier(config, self._file.device, lora)
+        own = personal.private_adapter(self.folder, assignment.run).load(classifier.spec)
+        seed = round_seed(config.seed, f"{self.name}/personal", assignment.round)
+        start = personal.beside(classifier.spec, adapter, own, np.random.default_rng(seed))
+        return personal.Beside(classifier=classifier, start=start, trained=own is not None)
+
+    def _fit_beside(
+        self,
+        assignment: Assignment,
+        shared: Adapter,
+        beside: personal.Beside,
+        examples: Examples,
+    ) -> None:
+        """Train and keep the private adapter; one that diverges stays as it was."""
+        config, number = assignment.config, assignment.round
+        seed = round_seed(config.seed, f"{self.name}/personal", number)
+        try:
+            own = personal.train(beside, shared, examples, config, number=number, seed=seed)
+        except (RunError, IncompatibleAdapter) as error:  # the shared delta does not depend on it
+            log.warning("%s leaves its private adapter as it was: %s", self.name, error)
+            return
+        personal.private_adapter(self.folder, assignment.run).save(own)
 
     def _features(
         self, config: RunConfig, classifier: Classifier, train: Records
@@ -195,6 +306,8 @@ class Site:
             schedule=_schedule(assignment, steps),
             seed=round_seed(config.seed, self.name, assignment.round),
             proximal_mu=config.federation.proximal_mu,
+            part=assignment.part,
+            kept=config.kept,
         )
 
     def _fit_private(
@@ -216,6 +329,9 @@ class Site:
             config.training,
             steps=steps,
             step_offset=(assignment.round - 1) * steps,
+            proximal_mu=config.federation.proximal_mu,
+            part=assignment.part,
+            kept=config.kept,
         )
         ledger.settle(entry, done.spend)
         return plan

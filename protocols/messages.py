@@ -11,9 +11,10 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from anabranch.protocols.adapter import WHOLE
-from anabranch.protocols.config import NotNegative, RunConfig, not_finite
+from anabranch.protocols.config import RunConfig, not_finite
 from anabranch.protocols.errors import ConfigError, MalformedMessage
 from anabranch.protocols.part import Part
+from anabranch.protocols.tables import NotNegative
 
 MAX_JSON = 4 << 20  # bytes
 

@@ -14,16 +14,18 @@ trained.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.protocols.errors import IncompatibleAdapter
-from anabranch.protocols.spec import AdapterSpec, Arrays, Shape
+from anabranch.protocols.spec import MAX_SIZE, AdapterSpec, Arrays, Shape, shown
 
 Factors = Literal["A", "B", "both", "none"]
+Rank = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
 Index = tuple[slice | list[int], ...]
 
 
@@ -31,7 +33,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A choice of factors, rank indices and dense tensors; every field narrows it."""
 
     factors: Factors = "both"
-    ranks: tuple[int, ...] | None = None  # ascending; None: all of them
+    ranks: tuple[Rank, ...] | None = None  # ascending; None: all of them
     dense: bool = True
 
     def names(self, spec: AdapterSpec) -> list[str]:
@@ -46,15 +48,16 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.ranks is not None:
             _require_ranks(self.ranks, spec.rank)
         held = 0 if self.ranks is None else len(self.ranks)
-        shapes = {}
+        shapes, full = {}, spec.shapes
         for name, index in self._indices(spec):
-            full = spec.shapes[name]
             shapes[name] = tuple(
                 size if isinstance(at, slice) else held
-                for size, at in zip(full, index, strict=True)
+                for size, at in zip(full[name], index, strict=True)
             )
         if not shapes:
-            raise IncompatibleAdapter(f"{self}: nothing of this adapter is in this part")
+            raise IncompatibleAdapter(
+                f"{shown(str(self))}: nothing of this adapter is in this part"
+            )
         return shapes
 
     def take(self, spec: AdapterSpec, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
@@ -77,11 +80,11 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """
         if self.ranks is None or len(self.ranks) == spec.rank:
             return {}
-        masks = {}
+        masks, full = {}, spec.shapes
         for name, index in self._indices(spec):
             if all(isinstance(at, slice) for at in index):
                 continue
-            masks[name] = np.zeros(spec.shapes[name], np.bool_)
+            masks[name] = np.zeros(full[name], np.bool_)
             masks[name][index] = True
         return masks
 
@@ -103,7 +106,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def _require_ranks(ranks: tuple[int, ...], rank: int) -> None:
-    if list(ranks) != sorted(set(ranks)) or not ranks or not (ranks[0] >= 0 and ranks[-1] < rank):
+    ascending = all(before < after for before, after in pairwise(ranks))
+    if not ranks or not ascending or not (ranks[0] >= 0 and ranks[-1] < rank):
         raise IncompatibleAdapter(
-            f"ranks: expected different indices from 0 to {rank - 1}, ascending, got {ranks}"
+            f"ranks: expected different indices from 0 to {rank - 1}, ascending, "
+            f"got {shown(str(ranks))}"
         )

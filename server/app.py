@@ -8,7 +8,8 @@ Run configuration (`flwr run --run-config '…'`), paths as the ServerApp's mach
     validation       the coordinator's own records: they choose the best round (optional)
     test             the coordinator's own records, touched once, at the end (optional)
 
-With either of the two there is a release at the end, checked on them.
+With either of the two there is a release at the end, checked on them. Neither goes with a run
+in which a part of the model stays at the sites (fedsa, a local head).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from anabranch.client.data.records import Records, load_records
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig, parse
 from anabranch.protocols.errors import AnabranchError, ConfigError
-from anabranch.server.evaluation import evaluator, initial_adapter
+from anabranch.server.evaluation import evaluator, initial_adapter, require_shared_model
 from anabranch.server.outcome import Finished, conclude
 from anabranch.server.result import Result
 from anabranch.server.rounds import RoundEngine
@@ -72,6 +73,7 @@ def coordinate(
     """
     text = _read(run_toml)
     config = parse(text, source=str(run_toml))
+    require_shared_model(config, validation=validation, test=test)
     own, held_back = (_records(path, config) for path in (validation, test))
     started = time.monotonic()
     folder = RunFolder.create(output, text)

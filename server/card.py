@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anabranch.edge.runtime.manifest import FP32, INT8, File
-from anabranch.protocols.config import Column, Privacy, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.tables import Column, Privacy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,33 @@ from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.training import predict
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.config import Device, RunConfig
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.tables import Device
+
+
+def require_shared_model(config: RunConfig, **records: object) -> None:
+    """Raise ConfigError for `records` (validation, test) of a coordinator without a whole model.
+
+    With fedsa or a local head, a part of every model stays at its site.
+    """
+    given = [name for name, one in records.items() if one is not None]
+    if config.kept is not None and given:
+        raise ConfigError(f"{given[0]}: {no_shared_model(config)}")
+
+
+def no_shared_model(config: RunConfig) -> str:
+    """Return why the coordinator cannot evaluate or release a model, and what it can do."""
+    what, why = (
+        ("B of every layer", 'federation.method = "fedsa"')
+        if config.federation.method == "fedsa"
+        else ("the head", 'personal.head = "local"')
+    )
+    return (
+        f"with {why}, {what} stays at each site, so the coordinator has no whole model to "
+        "evaluate or release. Let the sites evaluate theirs: training.holdout above 0 and "
+        "federation.client_evaluation = true"
+    )
 
 
 def initial_adapter(config: RunConfig) -> Adapter:

@@ -22,7 +22,9 @@ from anabranch.client.flower import unpack_described, unpack_evaluated, unpack_t
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import IncompatibleAdapter, MalformedMessage, ProtocolError
 from anabranch.protocols.messages import Evaluated, Refused, Trained
+from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.tables import Uplink
 
 R = TypeVar("R", Trained, Evaluated)
 
@@ -51,6 +53,7 @@ class Peer:
     node: int  # Flower's id, random
     num_examples: int
     held_out: int
+    max_rank: int | None = None  # highest LoRA rank it trains; None: no limit
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,19 @@ class Letter:
     site: str  # "" while its name is not known
 
 
-@dataclass
+@dataclass(eq=False)
 class Question(Generic[R]):
-    """What the sites are being asked now, and what they have said."""
+    """What the sites are being asked, and what they have said."""
 
     kind: str
     round: int
-    peers: Mapping[str, Peer]  # by name, ascending
+    peers: dict[str, Peer]  # by name, ascending
     read: Callable[[RecordDict | Failure, Peer], tuple[R, Delta | None] | Failure]
     reports: dict[str, R] = field(default_factory=dict)
     deltas: dict[str, Delta] = field(default_factory=dict)  # those not summed yet
     norms: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)  # what each was told to train
+    ages: dict[str, int] = field(default_factory=dict)  # rounds that a delta was late, if any
     failed: dict[str, Failure] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -162,31 +167,38 @@ def read_described(answer: RecordDict | Failure, node: int) -> Peer | Failure:
         return Failure("rejected", str(error))
     if isinstance(described, Refused):
         return _refusal(described)
-    return Peer(described.site, node, described.num_examples, described.held_out)
+    return Peer(
+        described.site, node, described.num_examples, described.held_out, described.max_rank
+    )
 
 
 def read_trained(
-    answer: RecordDict | Failure, peer: Peer, spec: AdapterSpec
+    answer: RecordDict | Failure,
+    peer: Peer,
+    *,
+    spec: AdapterSpec,
+    parts: Mapping[str, Part],
+    uplink: Uplink,
 ) -> tuple[Trained, Delta] | Failure:
     """Return a site's delta if it may be added to the sum, or why it may not.
 
-    It has the global adapter's spec (names, shapes, base) and finite values; its weight is the
-    number of examples that frame, message and the site's own first description agree on.
+    It has the global adapter's spec (names, shapes, base), exactly the part that its site was
+    assigned, the run's codec, and finite values. Its weight is the number of examples that
+    frame, message and the site's own first description agree on; so must the steps.
     """
     if isinstance(answer, Failure):
         return answer
     try:
-        got = unpack_trained(answer, spec)
+        got = unpack_trained(answer, spec, parts[peer.name], uplink)
         if isinstance(got, Refused):
             return _refusal(got)
         trained, delta = got
         _require_name(trained.site, peer)
         _require_count(trained.num_examples, peer.num_examples, "training")
-        if delta.num_examples != trained.num_examples:
-            raise IncompatibleAdapter(
-                f"num_examples: {delta.num_examples} in the frame, {trained.num_examples} in the "
-                "message"
-            )
+        for what in ("num_examples", "steps"):
+            framed, said = getattr(delta, what), getattr(trained, what)
+            if framed != said:
+                raise IncompatibleAdapter(f"{what}: {framed} in the frame, {said} in the message")
     except ProtocolError as error:
         return Failure("rejected", str(error))
     return trained, delta

@@ -21,10 +21,17 @@ from anabranch.server.card import (
     privacy_statement,
 )
 from anabranch.server.charts import Comparison
-from anabranch.server.evaluation import logits
+from anabranch.server.evaluation import logits, no_shared_model, require_shared_model
 from anabranch.server.release import Release, make_release
 from anabranch.server.report import Failure, ReleaseFile, ReportData, write_report
 from anabranch.server.result import Result
+from anabranch.server.series import (
+    aggregation_of,
+    error_curves,
+    metric_curves,
+    site_accuracy,
+    site_bars,
+)
 from anabranch.server.store import RunFolder
 
 PACKAGES = (
@@ -58,8 +65,10 @@ def conclude(
 
     `test` and `validation` are the coordinator's own records. The release is checked on the
     first of them that is there; without any, or when the int8 model is refused, the summary
-    says why there is none. Raises what make_release raises but for ReleaseError.
+    says why there is none. Raises ConfigError for records in a run without a model of the
+    coordinator's own, and what make_release raises but for ReleaseError.
     """
+    require_shared_model(finished.config, validation=validation, test=test)
     name = "federated" if finished.config.privacy is None else "federated_dp"
     accuracy: dict[str, float] = {}
     macro_f1: dict[str, float] = {}
@@ -150,6 +159,9 @@ def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
         "num_examples": {name: row.num_examples for name, row in result.sites.items()},
         "failures": {name: row.failures for name, row in result.sites.items()},
         "sites": {name: asdict(row) for name, row in result.sites.items()},
+        "site_accuracy": site_accuracy(result),
+        "aggregation": aggregation_of(finished.config),
+        "aggregation_error": [r.aggregation_error for r in result.history],
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "seconds": seconds,
@@ -181,7 +193,7 @@ def report(
     matrix: Sequence[Sequence[int]] = (),
     comparison: Sequence[Comparison] = (),
     others: Mapping[str, Finished] | None = None,
-    site_accuracy: Mapping[str, Mapping[str, float]] | None = None,
+    at_sites: Mapping[str, Mapping[str, float]] | None = None,
     **texts: Any,
 ) -> None:
     """Write report.html; `others` are further runs whose curves are drawn beside this one's."""
@@ -194,9 +206,11 @@ def report(
             name=finished.run,
             labels=config.task.labels,
             comparison=comparison,
-            accuracy=_curves(histories, "accuracy"),
-            loss=_curves(histories, "loss"),
-            site_accuracy=site_accuracy or _site_accuracy(histories),
+            accuracy=metric_curves(histories, "accuracy"),
+            loss=metric_curves(histories, "loss"),
+            site_accuracy=at_sites or site_bars({name: one.result for name, one in named.items()}),
+            aggregation_error=error_curves(histories),
+            aggregation=aggregation_of(config),
             label_counts=finished.label_counts,
             failures=tuple(
                 Failure(round=r.round, site=site, reason=f"{f.reason}: {f.message}")
@@ -244,6 +258,8 @@ def _release_or_reason(
     finished: Finished, records: Records | None
 ) -> tuple[Release | None, str | None]:
     """Return the release, or None and why there is none."""
+    if finished.config.kept is not None:
+        return None, no_shared_model(finished.config)
     if records is None:
         return None, (
             "a release is checked on records of the coordinator, and there are none: give "
@@ -258,28 +274,6 @@ def _release_or_reason(
 
 def _series_name(finished: Finished) -> str:
     return "federated" if finished.config.privacy is None else "federated with DP"
-
-
-def _site_accuracy(histories: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, float]]:
-    """Return series -> site -> accuracy in the last round, where sites evaluated."""
-    return {
-        name: {site: e.metrics["accuracy"] for site, e in history[-1].evaluated.items()}
-        for name, history in histories.items()
-        if history and history[-1].evaluated
-    }
-
-
-def _curves(histories: Mapping[str, Sequence[Any]], metric: str) -> dict[str, dict[int, float]]:
-    """Return series -> round -> metric, the coordinator's or else the sites' mean."""
-    curves = {
-        name: {
-            r.round: value
-            for r in history
-            if (value := r.coordinator.get(metric, r.client.get(metric))) is not None
-        }
-        for name, history in histories.items()
-    }
-    return {name: curve for name, curve in curves.items() if curve}
 
 
 def _release_files(made: Release) -> list[ReleaseFile]:

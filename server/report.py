@@ -24,6 +24,7 @@ from anabranch.server.svg import (
     PERCENT,
     STYLE,
     Markup,
+    Unit,
     element,
     integer,
     percent,
@@ -32,6 +33,13 @@ from anabranch.server.svg import (
 )
 
 __all__ = ["Comparison", "Failure", "ReleaseFile", "ReportData", "render", "write_report"]
+
+# Errors lie between float32 rounding, 1e-8, and 1.
+ERROR: Final = Unit("{:.2g}".format, "{:.2g}".format)
+MISSED: Final = (
+    "How far the merged products B A are from the mean of the sites' products: "
+    "‖Σ p_k B_k A_k − B A‖ / ‖Σ p_k B_k A_k‖ over all layers."
+)
 
 _TEMPLATE: Final = Path(__file__).with_name("report_template.html")
 
@@ -69,6 +77,7 @@ class ReportData:
     comparison: Sequence[Comparison] = ()
     accuracy: Curves = field(default_factory=dict)  # series -> round -> of the global adapter
     loss: Curves = field(default_factory=dict)
+    aggregation_error: Curves = field(default_factory=dict)  # relative, of the merged products
     site_accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # series -> site
     labels: Sequence[str] = ()  # order = index
     label_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)  # site -> per label
@@ -83,6 +92,7 @@ class ReportData:
     confusion_of: str = ""  # which model, on what
     release: Sequence[ReleaseFile] = ()
     seed: int | None = None
+    aggregation: Mapping[str, str] = field(default_factory=dict)  # "method" -> "altqr"
     facts: Mapping[str, str] = field(default_factory=dict)  # "time" -> "4 min 10 s"
     digests: Mapping[str, str] = field(default_factory=dict)  # what -> SHA-256, hex
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -149,6 +159,13 @@ def _rounds(data: ReportData) -> list[Markup]:
             title, says or _measured(data), data.accuracy, unit=PERCENT, y_title="accuracy"
         ),
         *figures.curves("Loss after each round", loss, data.loss, unit=LOSS, y_title="loss"),
+        *figures.curves(
+            "Aggregation error",
+            MISSED,
+            data.aggregation_error,
+            unit=ERROR,
+            y_title="relative error",
+        ),
     ]
 
 
@@ -212,6 +229,7 @@ def _provenance(data: ReportData) -> list[Markup]:
     facts = dict(data.facts) | ({} if data.seed is None else {"seed": str(data.seed)})
     groups = [
         ("run", "value", facts, "tt"),
+        ("aggregation", "value", data.aggregation, "tt"),
         ("software", "version", data.versions, "tt"),
         ("digest of", "SHA-256", data.digests, "tm"),
     ]

@@ -19,8 +19,11 @@ class RoundReport:
     asked: tuple[str, ...]  # sites, ascending
     trained: Mapping[str, Trained]
     failed: Mapping[str, Failure]
-    update_norm: float  # ‖aggregated delta‖
+    method: str  # the aggregation rule's name
+    update_norm: float  # of what the round changed; see server/change.py
+    aggregation_error: float | None  # server/aggregation/rule.py; None: not visible
     delta_norms: Mapping[str, float]  # site -> ‖its delta‖
+    ages: Mapping[str, int]  # site -> rounds its delta was late; only what is not 0
     evaluated: Mapping[str, Evaluated]  # on the sites' held-out records
     client: Mapping[str, float]  # their mean, weighted by records; {} if nobody evaluated
     coordinator: Mapping[str, float]  # on the coordinator's own records; {} if it has none
@@ -41,6 +44,8 @@ class SiteRow:
     rounds: int = 0  # deltas that counted
     failures: int = 0  # refused, rejected, failed, or silent until the deadline
     late: int = 0  # answers that came after their deadline; dropped
+    stale: int = 0  # deltas that counted in a later round than they were asked for
+    max_rank: int | None = None  # highest LoRA rank it trains; None: no limit
     num_examples: int = 0
     bytes_up: int = 0  # frames and messages, without Flower's own overhead
     bytes_down: int = 0

@@ -23,7 +23,8 @@ from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.training import Schedule, fit, predict, steps_per_round
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.config import Device, Lora, RunConfig
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import Device, Federation, Lora, Personal, Uplink
 from anabranch.server.evaluation import initial_adapter
 
 PENALTIES = (3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 1e-1)  # L2 weights tried by the linear probe
@@ -49,7 +50,7 @@ def linear_probe(
 
     Full-batch L-BFGS; the L2 penalty with the best validation accuracy is taken.
     """
-    frozen = msgspec.structs.replace(config, lora=Lora(rank=0))
+    frozen = msgspec.structs.replace(without_federation(config), lora=Lora(rank=0))
     classifier = models.classifier(frozen, device)
     cache = models.cache(frozen)
     parts = [
@@ -80,8 +81,10 @@ def train_alone(
 ) -> Adapter:
     """Return the adapter trained on `train` alone for as many rounds as the federation has.
 
-    The round with the best validation accuracy is taken, as in the federation.
+    The round with the best validation accuracy is taken, as in the federation. How a federation
+    merges does not matter here: the adapter is that of [lora].
     """
+    config = without_federation(config)
     classifier = models.classifier(config, device)
     load_adapter(classifier, initial_adapter(config))
     cache = models.cache(config)
@@ -105,6 +108,14 @@ def train_alone(
         if metrics["accuracy"] > best:
             best, adapter = metrics["accuracy"], read_adapter(classifier)
     return adapter
+
+
+def without_federation(config: RunConfig) -> RunConfig:
+    """Return `config` with the tables that say how sites' deltas travel and are merged left out."""
+    rounds = Federation(rounds=config.federation.rounds)
+    return msgspec.structs.replace(
+        config, federation=rounds, server=None, robust=None, uplink=Uplink(), personal=Personal()
+    )
 
 
 def _logistic_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float) -> Tensor:

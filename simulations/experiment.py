@@ -6,6 +6,8 @@
                         test = "test.csv"            the coordinator's: touched once, at the end
                         [sites]
                         north = "north.csv"          name = data file, relative to this file
+                        [ranks]
+                        north = 4                    highest LoRA rank it trains; others: no limit
 
 Sites get folders of their own inside the run folder, with a fresh privacy ledger each: what
 is spent here is not charged to the ledger of a real site.
@@ -14,7 +16,7 @@ is spent here is not charged to the ledger of a real site.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ import msgspec
 from anabranch.client.data.records import Records, load_records
 from anabranch.client.files import read_run, write_atomic
 from anabranch.client.site import require_device
-from anabranch.protocols.config import Count, Device, Name, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, DataError
-from anabranch.server.evaluation import evaluator, initial_adapter
+from anabranch.protocols.tables import Count, Device, Name
+from anabranch.server.evaluation import evaluator, initial_adapter, require_shared_model
 from anabranch.server.outcome import Finished
 from anabranch.server.store import RunFolder, new_run
 from anabranch.simulations import engines
@@ -38,6 +41,7 @@ class ExperimentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     run: str
     sites: dict[Name, str]
+    ranks: dict[Name, Count] = {}
     engine: engines.Engine = "sequential"
     workers: Count = 1  # clients that train at a time
     device: Device = "cpu"
@@ -52,6 +56,7 @@ class Experiment:
     config: RunConfig
     run_toml: bytes
     sites: Mapping[str, Path]
+    ranks: Mapping[str, int] = field(default_factory=dict)  # site -> highest LoRA rank
     engine: engines.Engine = "sequential"
     workers: int = 1
     device: Device = "cpu"
@@ -67,12 +72,21 @@ def load(path: Path) -> Experiment:
         raise ConfigError(f"{path}: {error}") from None
     if not file.sites:
         raise ConfigError(f"{path}: [sites] is empty: name at least one site and its data file")
+    strangers = sorted(file.ranks.keys() - file.sites.keys())
+    if strangers:
+        raise ConfigError(
+            f"{path}: [ranks] names {strangers[0]!r}, which is not in [sites]: "
+            f"expected one of {sorted(file.sites)}"
+        )
     folder = path.parent
     run = folder / file.run
+    config = read_run(run)
+    require_shared_model(config, validation=file.validation, test=file.test)
     return Experiment(
-        config=read_run(run),
+        config=config,
         run_toml=run.read_bytes(),
         sites={name: folder / data for name, data in sorted(file.sites.items())},
+        ranks=file.ranks,
         engine=file.engine,
         workers=file.workers,
         device=file.device,
@@ -97,8 +111,7 @@ def federate(
         validation = load_records(experiment.validation, config)
     run = new_run(config.name)
     sites = {
-        name: _site(folder.path, name, data, experiment.device)
-        for name, data in experiment.sites.items()
+        name: _site(folder.path, name, data, experiment) for name, data in experiment.sites.items()
     }
 
     def event(kind: str, **fields: Any) -> None:
@@ -151,11 +164,15 @@ def check_sites(experiment: Experiment) -> dict[str, Records]:
     return records
 
 
-def _site(run: Path, name: str, data: Path, device: Device) -> Path:
+def _site(run: Path, name: str, data: Path, experiment: Experiment) -> Path:
     """Write the site's folder inside the run folder and return it."""
     folder = run / "sites" / name
-    text = f"name = {msgspec.json.encode(name).decode()}\n"
-    text += f"data = {msgspec.json.encode(str(data.resolve())).decode()}\n"
-    text += f'device = "{device}"\n'
-    write_atomic(folder / "site.toml", text.encode())
+    lines = [
+        f"name = {msgspec.json.encode(name).decode()}",
+        f"data = {msgspec.json.encode(str(data.resolve())).decode()}",
+        f'device = "{experiment.device}"',
+    ]
+    if name in experiment.ranks:
+        lines.append(f"max_rank = {experiment.ranks[name]}")
+    write_atomic(folder / "site.toml", "\n".join([*lines, ""]).encode())
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.client.data.records import Records, load_records
-from anabranch.protocols.config import Device
+from anabranch.protocols.tables import Device
 from anabranch.server.outcome import conclude
 from anabranch.server.store import RunFolder
 from anabranch.simulations.engines import Engine

@@ -28,7 +28,8 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.prefix import PrefixCache
-from anabranch.protocols.config import Column, Contract, Federation, Lora, Model, RunConfig, Task
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import Column, Contract, Federation, Lora, Model, Task
 from benchmarks.harness import Figure, alternate, header, options, ratio, report
 
 SEED = 0

@@ -39,8 +39,9 @@ from numpy.typing import NDArray
 
 from anabranch.client.data.images import UnreadableImage, decode
 from anabranch.client.data.read import Cell, Table, Unusable
-from anabranch.protocols.config import Column, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import DataError
+from anabranch.protocols.tables import Column
 
 Rule = Literal[
     "column", "forbidden", "empty", "type", "min", "max",

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from anabranch.client.data.contract import accept
 from anabranch.client.data.read import Table, read_table
-from anabranch.protocols.config import Column, RunConfig
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import Column
 
 
 @dataclass(frozen=True, eq=False)

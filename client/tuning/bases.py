@@ -35,8 +35,9 @@ from anabranch.client.tuning import tables, vision
 from anabranch.client.tuning.classifier import Classifier, weights_digest
 from anabranch.client.tuning.lora import adapt
 from anabranch.client.tuning.text import POOLER, TextClassifier, Tokenizer, can_cut
-from anabranch.protocols.config import Lora, Model, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ModelError
+from anabranch.protocols.tables import Lora, Model
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +73,22 @@ class Base:
         return copy.deepcopy(self.module, memo)
 
 
-def load_classifier(config: RunConfig, *, device: str = "cpu") -> Classifier:
+def load_classifier(
+    config: RunConfig, *, lora: Lora | None = None, device: str = "cpu"
+) -> Classifier:
     """Return the classifier a run trains: frozen base, adapter as `config` asks, zero head.
 
-    Deterministic in `config`: same config, same adapter and spec. "logistic" has no layer to
-    adapt, so [lora] does not matter there. Raises ModelError when the base cannot be used for
-    the task, or [lora] names layers that it does not have.
+    `lora` is for another adapter than the run's own, `config.adapter`. Deterministic: same
+    config, same adapter and spec. "logistic" has no layer to adapt, so [lora] does not matter
+    there. Raises ModelError when the base cannot be used for the task, or [lora] names layers
+    that it does not have.
     """
     model, labels = config.model, len(config.task.labels)
     kind = config.task.kind
     others = {name for k, names in BUILT_IN.items() if k != kind for name in names}
     if model.base in others or (kind != "text-classification" and model.base not in BUILT_IN[kind]):
         raise ModelError(f"model.base = {model.base!r} does not do {kind}: use {_choices(kind)}")
-    lora = config.lora
+    lora = config.adapter if lora is None else lora
     classifier: Classifier
     if kind == "text-classification":
         base = _text_base(_text_folder(model), device)

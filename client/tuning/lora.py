@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.config import Lora
 from anabranch.protocols.errors import ModelError
 from anabranch.protocols.spec import AdapterSpec, require_same_spec
+from anabranch.protocols.tables import Lora
 
 if TYPE_CHECKING:
     from anabranch.client.tuning.classifier import Classifier
@@ -115,7 +115,7 @@ def adapt(classifier: Classifier, lora: Lora, *, seed: int) -> None:
         rank=lora.rank if targets else 0,
         alpha=lora.alpha,
         targets=tuple(targets),
-        tensors=tuple((n, tuple(p.shape)) for n, p in trainable_parameters(classifier).items()),
+        tensors=tuple((n, tuple(p.shape)) for n, p in _asking(classifier).items()),
     )
     classifier.eval()
 
@@ -195,11 +195,21 @@ def _free(classifier: Classifier, modules: list[str]) -> None:
 
 
 def trainable_parameters(classifier: Classifier) -> dict[str, nn.Parameter]:
-    """Return what is trained, by the names in the spec, ascending.
+    """Return the adapter's tensors, by the names in the spec, ascending.
 
-    Raises ModelError on a merged classifier: its factors take no part in the forward pass.
+    All of them, also those that a fit of one part has frozen for now (active.py). Raises
+    ModelError on a merged classifier: its factors take no part in the forward pass.
     """
     _require_merged(classifier, False, "train, read or load")
+    base = dict(classifier.base.named_parameters())
+    return {
+        name: base[name] if name in base else classifier.get_parameter(name)
+        for name, _ in classifier.spec.tensors
+    }
+
+
+def _asking(classifier: Classifier) -> dict[str, nn.Parameter]:
+    """Return the parameters of the base that ask for a gradient, and the head, ascending."""
     base = {n: p for n, p in classifier.base.named_parameters() if p.requires_grad}
     head = {f"{HEAD}.{n}": p for n, p in classifier.head.named_parameters()}
     return dict(sorted((base | head).items()))

@@ -9,10 +9,13 @@ One step (Abadi et al. 2016, arXiv:1607.00133, algorithm 1), over n records:
                                                             al. 2022, arXiv:2206.07136)
     g̃ = (Σ_{i in B} ḡ_i + σC · N(0, 1)) / (q n)            then SGD or AdamW
 
-The norm runs over all trainable tensors together. The class weight w_{y_i} is fixed in
-advance and inside the gradient, so ‖ḡ_i‖ <= C whatever it is. q, n, C and σ are the plan's
-and do not depend on the batch; an empty batch is a step of noise alone. No loss, norm or
-batch size is returned. That a fit was refused is not covered by the plan.
+The norm runs over all values that are trained together, and over no others: gradients of
+frozen ranks are zero before it, and no noise is added to them (active.py). With FedProx
+(training.py), μ (w − w_t) is added to g̃: it is made of what the noisy steps before have
+already released, so it is post-processing and costs no privacy. The class weight w_{y_i} is
+fixed in advance and inside the gradient, so ‖ḡ_i‖ <= C whatever it is. q, n, C and σ are the
+plan's and do not depend on the batch; an empty batch is a step of noise alone. No loss, norm
+or batch size is returned. That a fit was refused is not covered by the plan.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from dataclasses import dataclass
 import torch
 from opacus import GradSampleModule
 from opacus.accountants import PRVAccountant
-from opacus.optimizers import DPOptimizer
 from opacus.utils.module_utils import has_trainable_params
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
@@ -32,17 +34,19 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anabranch.client.privacy import DpPlan, Spend, sampling_rate
+from anabranch.client.tuning.active import only
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate
 from anabranch.client.tuning.lora import trainable_parameters
+from anabranch.client.tuning.noisy import NoisyOptimizer
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.schedule import learning_rate_factor
-from anabranch.client.tuning.training import make_optimizer
-from anabranch.protocols.config import Training
+from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.part import Part
 from anabranch.protocols.spec import LORA_A, LORA_B
+from anabranch.protocols.tables import Training
 
-AUTOMATIC_STABILITY = 0.01  # gamma of AUTO-S, the value of the paper
 PHYSICAL_BATCH = 64  # records whose gradients are in memory at once
 
 
@@ -61,90 +65,47 @@ def fit_private(
     *,
     steps: int,
     step_offset: int,
+    proximal_mu: float = 0.0,
+    part: Part = WHOLE,
+    kept: Part | None = None,
     generator: torch.Generator | None = None,
     physical_batch: int = PHYSICAL_BATCH,
 ) -> PrivateFit:
     """Run `steps` steps of DP-SGD in place; on return the adapter is safe to publish under `plan`.
 
-    `step_offset` steps of the run came before. Raises PrivacyError, with the adapter as it
-    was, if the plan is for other data or fewer steps, a module mixes records, what ran is
-    not what was planned, or nothing was trained. Either way the classifier keeps no hooks
-    and no gradients. A `generator` makes batches and noise reproducible and thereby VOIDS the
-    guarantee: it is for tests. `physical_batch` bounds memory and changes no result.
+    What is in `part` or `kept` is trained, clipped and noised together; every other value is
+    the same afterwards, bit for bit. `step_offset` steps of the run came before. Raises
+    PrivacyError, with the adapter as it was, if the plan is for other data or fewer steps, a
+    module mixes records, what ran is not what was planned, or nothing was trained. Either way
+    the classifier keeps no hooks and no gradients. A `generator` makes batches and noise
+    reproducible and thereby VOIDS the guarantee: it is for tests. `physical_batch` bounds
+    memory and changes no result.
     """
     _require_planned(plan, config, len(examples), steps, step_offset)
     randomness = Randomness.fresh() if generator is None else Randomness.reproducible(generator)
-    trained = trainable_parameters(classifier)
-    before = {name: p.detach().clone() for name, p in trained.items()}
     accountant = PRVAccountant()
-    try:
-        with per_record_gradients(classifier) as model:
-            optimizer = NoisyOptimizer(
-                make_optimizer(classifier, config), plan, len(examples), randomness
-            )
-            optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(plan.sample_rate))
-            gradients = _run(
-                model,
-                optimizer,
-                examples,
-                plan,
-                config,
-                range(step_offset, step_offset + steps),
-                physical_batch,
-            )
-        require_as_planned(accountant.history, plan.spend(steps))
-        require_trained(trained, before, gradients)
-    except BaseException:
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(before[name])
-        raise
+    with only(classifier, part, kept) as active:
+        try:
+            with per_record_gradients(classifier) as model:
+                optimizer = NoisyOptimizer(
+                    active, config, plan, len(examples), randomness, proximal_mu
+                )
+                optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(plan.sample_rate))
+                gradients = _run(
+                    model,
+                    optimizer,
+                    examples,
+                    plan,
+                    config,
+                    range(step_offset, step_offset + steps),
+                    physical_batch,
+                )
+            require_as_planned(accountant.history, plan.spend(steps))
+            require_trained(active.parameters, active.start, gradients, _factors(classifier))
+        except BaseException:
+            active.undo()
+            raise
     return PrivateFit(spend=plan.spend(steps))
-
-
-class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
-    """Opacus' DPOptimizer with AUTO-S clipping beside its own, and noise from a ChaCha20 stream.
-
-    `step` clips and adds up `grad_sample` of a physical batch; unless `signal_skip_step` said
-    that the logical batch goes on, it then adds noise once, divides by the expected batch size,
-    calls the accountant's hook and moves the parameters.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        plan: DpPlan,
-        num_examples: int,
-        randomness: Randomness,
-    ) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.clipping_norm,
-            expected_batch_size=plan.sample_rate * num_examples,
-            loss_reduction="mean",
-        )
-        self._clipping = plan.clipping
-        self.randomness = randomness
-
-    def clip_and_accumulate(self) -> None:
-        """Add the sum of the clipped gradients to `summed_grad` of every parameter."""
-        if self._clipping == "flat":
-            super().clip_and_accumulate()
-            return
-        samples = list(zip(self.params, self.grad_samples, strict=True))
-        norms = torch.stack([g.reshape(len(g), p.numel()).norm(dim=1) for p, g in samples])
-        factors = self.max_grad_norm / (norms.norm(dim=0) + AUTOMATIC_STABILITY)
-        for p, g in samples:
-            summed = torch.einsum("i,i...->...", factors, g)
-            p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
-
-    def add_noise(self) -> None:
-        """Set `grad` to the clipped sum plus Gaussian noise of standard deviation σC."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for p in self.params:
-            noise = torch.from_numpy(std * self.randomness.normal(p.numel()))
-            p.grad = p.summed_grad + noise.to(p.device, p.dtype).view_as(p)
 
 
 @contextmanager
@@ -198,6 +159,7 @@ def accumulate(
     after another; noise, the accountant and the optimiser see one step.
     """
     optimizer.zero_grad()
+    optimizer.found = False
     if len(batch) == 0:
         for p in optimizer.params:
             p.grad_sample = p.new_zeros((0, *p.shape))
@@ -205,15 +167,13 @@ def accumulate(
         return False
     order = sorted(range(len(batch)), key=lambda i: len(batch.features[i]))
     chunks = [order[i : i + physical_batch] for i in range(0, len(order), physical_batch)]
-    found = False
     for chunk in chunks:
         record_losses(model, batch.take(chunk), weights).sum().backward()
         _require_per_record(optimizer, len(chunk))
-        found = found or any(bool(p.grad_sample.any()) for p in optimizer.params)
         optimizer.signal_skip_step(do_skip=chunk is not chunks[-1])
         optimizer.step()
         optimizer.zero_grad()
-    return found
+    return optimizer.found
 
 
 def record_losses(model: nn.Module, batch: Examples, weights: Tensor | None) -> Tensor:
@@ -306,10 +266,23 @@ def _require_per_record(optimizer: NoisyOptimizer, records: int) -> None:
             )
 
 
+def _factors(classifier: Classifier) -> dict[str, Tensor]:
+    """Return every factor of the adapter by name, trained or not."""
+    factors = (name for _, a, b in classifier.spec.factors() for name in (a, b))
+    parameters = trainable_parameters(classifier)
+    return {name: parameters[name] for name in factors}
+
+
 def require_trained(
-    trained: Mapping[str, Tensor], before: Mapping[str, Tensor], gradients: bool
+    trained: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    gradients: bool,
+    factors: Mapping[str, Tensor],
 ) -> None:
-    """Raise PrivacyError if training did nothing, as Opacus with LoRA silently can (opacus#820)."""
+    """Raise PrivacyError if training did nothing, as Opacus with LoRA silently can (opacus#820).
+
+    Only what was trained must have moved; `factors` are all factors, trained or frozen.
+    """
     if not gradients:
         raise PrivacyError("every record's gradient was zero: only noise was added")
     for name, parameter in trained.items():
@@ -317,9 +290,7 @@ def require_trained(
             raise PrivacyError(f"{name} is not finite after private training: lower learning_rate")
         if torch.equal(parameter, before[name]):
             raise PrivacyError(f"{name} did not change in private training: nothing was trained")
-        if name.endswith(LORA_A):
-            factor_b = trained[name.removesuffix(LORA_A) + LORA_B]
-            if not bool((factor_b @ parameter).any()):
-                raise PrivacyError(
-                    f"B · A of {name.removesuffix(LORA_A)} has rank 0 after training"
-                )
+        if name.endswith((LORA_A, LORA_B)):
+            layer = name.removesuffix(LORA_A).removesuffix(LORA_B)
+            if not bool((factors[layer + LORA_B] @ factors[layer + LORA_A]).any()):
+                raise PrivacyError(f"B · A of {layer} has rank 0 after training")

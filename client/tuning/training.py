@@ -1,9 +1,11 @@
 """One client's local training, without privacy: epochs over prepared examples, in place.
 
-Notation: w trainable values, w_t the adapter received in round t, μ the FedProx weight.
+Notation: w the values that are trained, w_t what they were when the round began, μ the FedProx
+weight, P a further penalty (personal.py).
 
-    minimise  F(w) + μ/2 · ‖w − w_t‖²        (FedProx; Li et al. 2020, arXiv:1812.06127, eq. 2)
+    minimise  F(w) + μ/2 · ‖w − w_t‖² + P(w)    (FedProx; Li et al. 2020, arXiv:1812.06127, eq. 2)
 
+What is trained is one part of the adapter (active.py), by default all of it.
 Examples hold the classifier's prefix output, so an epoch costs the trainable part alone.
 """
 
@@ -11,21 +13,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from anabranch.client.tuning.active import Active, only
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate, fetch, lengths
-from anabranch.client.tuning.lora import HEAD, trainable_parameters
+from anabranch.client.tuning.lora import HEAD
 from anabranch.client.tuning.schedule import learning_rate_factor
-from anabranch.protocols.config import Training
+from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.errors import RunError
+from anabranch.protocols.part import Part
+from anabranch.protocols.tables import Training
 
 BUCKET = 8  # batches that are sorted by length together: less padding, order still random
 PREDICT_BATCH = 64  # records
@@ -64,16 +69,52 @@ def fit(
     schedule: Schedule,
     seed: int,
     proximal_mu: float = 0.0,
+    part: Part = WHOLE,
+    kept: Part | None = None,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> Fit:
-    """Train `classifier` in place for `steps` steps; raise RunError if the loss is not finite."""
+    """Train what is in `part` or `kept`, in place, for `steps` steps.
+
+    Every other value is the same afterwards, bit for bit, and adds nothing to the norm that
+    is clipped. `penalty` is added to the loss of every step; the reported loss is without it.
+    Raises RunError if the loss is not finite, IncompatibleAdapter for a part that the adapter
+    does not have. Either way all tensors of the adapter can be trained afterwards.
+    """
     started = time.perf_counter()
+    with only(classifier, part, kept) as active:
+        losses = _run(
+            classifier,
+            examples,
+            training,
+            active,
+            steps=steps,
+            schedule=schedule,
+            seed=seed,
+            proximal_mu=proximal_mu,
+            penalty=penalty,
+        )
+    last = losses[-math.ceil(len(examples) / training.batch_size) :]
+    mean = sum(x * n for x, n in last) / sum(n for _, n in last)
+    return Fit(steps=steps, loss=mean, seconds=time.perf_counter() - started)
+
+
+def _run(
+    classifier: Classifier,
+    examples: Examples,
+    training: Training,
+    active: Active,
+    *,
+    steps: int,
+    schedule: Schedule,
+    seed: int,
+    proximal_mu: float,
+    penalty: Callable[[], Tensor] | None,
+) -> list[tuple[float, int]]:
+    """Take the steps; return (mean cross-entropy, records) of every batch."""
     device = classifier.device
-    optimizer = make_optimizer(classifier, training)
-    parameters = list(trainable_parameters(classifier).values())
-    anchor = [p.detach().clone() for p in parameters] if proximal_mu else []
+    optimizer = make_optimizer(active.parameters, training)
     weights = class_weights(examples.labels, classifier.num_labels, training)
     batches = _batches(examples, training.batch_size, np.random.default_rng(seed))
-    epoch = math.ceil(len(examples) / training.batch_size)
     losses: list[tuple[float, int]] = []
     for step in range(steps):
         batch = examples.take(next(batches))
@@ -82,23 +123,21 @@ def fit(
         logits = classifier(features.to(device), None if mask is None else mask.to(device))
         loss = weighted_cross_entropy(logits, labels, weights)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for p, p_t in zip(parameters, anchor, strict=False):
-            if p.grad is not None:
-                p.grad.add_(p.detach() - p_t, alpha=proximal_mu)  # ∇ of μ/2 ‖w − w_t‖²
+        (loss if penalty is None else loss + penalty()).backward()
+        active.pull(proximal_mu)
+        active.mask_gradients()
         if training.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(active.parameters.values(), training.max_grad_norm)
         _set_rate(optimizer, training, schedule, step)
         optimizer.step()
+        active.hold()
         losses.append((float(loss.detach()), len(labels)))
         if not math.isfinite(losses[-1][0]):
             raise RunError(
                 f"training loss is {losses[-1][0]} at step {step + 1} of {steps}: lower "
                 f"training.learning_rate (now {training.learning_rate}) or set max_grad_norm"
             )
-    last = losses[-epoch:]
-    mean = sum(x * n for x, n in last) / sum(n for _, n in last)
-    return Fit(steps=steps, loss=mean, seconds=time.perf_counter() - started)
+    return losses
 
 
 def predict(classifier: Classifier, features: Sequence[Tensor]) -> NDArray[np.float32]:
@@ -116,10 +155,9 @@ def predict(classifier: Classifier, features: Sequence[Tensor]) -> NDArray[np.fl
     return result
 
 
-def make_optimizer(classifier: Classifier, training: Training) -> torch.optim.Optimizer:
+def make_optimizer(named: Mapping[str, nn.Parameter], training: Training) -> torch.optim.Optimizer:
     """Return the configured optimiser with fresh state; the head has its own learning rate."""
     head_rate = training.head_learning_rate or training.learning_rate
-    named = trainable_parameters(classifier)
     head = [p for name, p in named.items() if name.startswith(f"{HEAD}.")]
     rest = [p for name, p in named.items() if not name.startswith(f"{HEAD}.")]
     rates = ((rest, training.learning_rate), (head, head_rate))

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anabranch.client.tuning.classifier import Classifier
-from anabranch.protocols.config import Model
 from anabranch.protocols.errors import DataError, ModelError
+from anabranch.protocols.tables import Model
 
 
 class Attention(nn.Module):

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from anabranch.protocols.config import TaskKind
 from anabranch.protocols.errors import ReleaseError
+from anabranch.protocols.tables import TaskKind
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"

@@ -1,24 +1,125 @@
-"""From a run's [federation] and [server] tables to its rule."""
+"""From a run's [federation], [server], [robust] and [personal] tables to its rule."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from anabranch.protocols.config import RunConfig
-from anabranch.server.aggregation.adaptive import constant, fedadam, linear_decay
+from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.part import Part
+from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.tables import ONE_FACTOR, Server
+from anabranch.server.aggregation.altqr import altqr
 from anabranch.server.aggregation.fedavg import fedavg
-from anabranch.server.aggregation.rule import Aggregator
+from anabranch.server.aggregation.fedex import fedex
+from anabranch.server.aggregation.fedsa import fedsa
+from anabranch.server.aggregation.ffa import ffa
+from anabranch.server.aggregation.flexlora import flexlora
+from anabranch.server.aggregation.flora import flora
+from anabranch.server.aggregation.hetlora import hetlora
+from anabranch.server.aggregation.mean import Combine, normalized_mean, weighted_mean
+from anabranch.server.aggregation.optimizers import (
+    Optimizer,
+    adagrad,
+    adam,
+    constant,
+    linear_decay,
+    momentum,
+    with_optimizer,
+    yogi,
+)
+from anabranch.server.aggregation.robust import coefficients_for, combine_for
+from anabranch.server.aggregation.rolora import rolora
+from anabranch.server.aggregation.rule import Rule
+
+FACTOR_RULES: dict[str, Callable[..., Rule[None]]] = {
+    "ffa": ffa,
+    "rolora": rolora,
+    "altqr": altqr,
+    "fedsa": fedsa,
+}
 
 
-def rule_for(config: RunConfig) -> Aggregator[Any]:
-    """Return the aggregation rule that `config` asks for."""
-    rule = fedavg(config.federation.weighting)
-    server = config.server
-    if server is None:
+def rule_for(config: RunConfig) -> Rule[Any]:
+    """Return the aggregation rule that `config` asks for.
+
+    Raises ConfigError for federation.normalize_steps with a method that merges products.
+    """
+    rule = _method(config)
+    if config.personal.head == "local":
+        rule = replace(rule, part=_without_dense(rule.part))
+    if config.server is None:
         return rule
+    return with_optimizer(rule, optimizer_for(config.server, config.federation.rounds))
+
+
+def optimizer_for(server: Server, rounds: int) -> Optimizer:
+    """Return the optimiser of a [server] table for a run of so many rounds."""
     head = server.head_learning_rate or server.learning_rate
     if server.schedule == "linear":
-        rate = linear_decay(server.learning_rate, head, config.federation.rounds)
+        rate = linear_decay(server.learning_rate, head, rounds)
     else:
         rate = constant(server.learning_rate, head)
-    return fedadam(rule, rate, beta1=server.beta1, beta2=server.beta2, tau=server.tau)
+    beta1, beta2, tau = server.beta1, server.beta2, server.tau
+    match server.optimizer:
+        case "momentum":
+            return momentum(rate, beta=beta1)
+        case "adagrad":
+            return adagrad(rate, beta1=beta1, tau=tau)
+        case "yogi":
+            return yogi(rate, beta1=beta1, beta2=beta2, tau=tau)
+        case "adam":
+            correct = server.bias_correction
+            return adam(rate, beta1=beta1, beta2=beta2, tau=tau, bias_correction=correct)
+
+
+def _method(config: RunConfig) -> Rule[Any]:
+    federation, weighting = config.federation, config.federation.weighting
+    method = federation.method
+    if method == "fedavg":
+        return fedavg(weighting, federation.absent_ranks, combine=_combine(config))
+    if method in ONE_FACTOR:
+        return FACTOR_RULES[method](weighting, seed=config.seed, combine=_combine(config))
+    return _product_method(config)
+
+
+def _combine(config: RunConfig) -> Combine:
+    if config.robust is not None:
+        return combine_for(config.robust)
+    return normalized_mean if config.federation.normalize_steps else weighted_mean
+
+
+def _product_method(config: RunConfig) -> Rule[Any]:
+    """Return a rule on products of factors."""
+    federation = config.federation
+    if federation.normalize_steps:
+        raise ConfigError(
+            f'federation.normalize_steps does not go with federation.method = "{federation.method}"'
+            ": it normalises deltas, and this method adds products. Leave it out, or take "
+            '"fedavg", "ffa", "rolora", "altqr" or "fedsa"'
+        )
+    match federation.method:
+        case "fedex":
+            return fedex(config.lora.rank, federation.weighting)
+        case "flora":
+            return flora(config.lora.rank, config.seed, federation.weighting)
+        case "flexlora":
+            reweight = None if config.robust is None else coefficients_for(config.robust)
+            return flexlora(federation.weighting, reweight)
+        case _:
+            return hetlora(federation.weighting)
+
+
+def _without_dense(
+    part: Callable[[AdapterSpec, int, str, int], Part],
+) -> Callable[[AdapterSpec, int, str, int], Part]:
+    """Return the same parts without dense tensors: the head stays at the sites."""
+
+    def narrowed(spec: AdapterSpec, number: int, client: str, limit: int) -> Part:
+        return msgspec.structs.replace(part(spec, number, client, limit), dense=False)
+
+    return narrowed

@@ -29,7 +29,8 @@ from anabranch.client.files import write_atomic
 from anabranch.client.site import MODELS, require_device
 from anabranch.client.tuning.metrics import confusion, evaluate
 from anabranch.edge.runtime.classify import Model
-from anabranch.protocols.config import Device, RunConfig, parse
+from anabranch.protocols.config import RunConfig, parse
+from anabranch.protocols.tables import Device
 from anabranch.server import outcome
 from anabranch.server.charts import Comparison, comparison_svg
 from anabranch.server.evaluation import logits
@@ -292,7 +293,7 @@ def _report(
             "Diagnosis texts to ICD-10-CM chapters. Every hospital has mostly its own "
             "speciality; categories in the test set are in no hospital's records."
         ),
-        site_accuracy=at_sites,
+        at_sites=at_sites,
         sites_evaluated_on=(
             "the test records of each hospital's own speciality; one that has hardly seen other "
             "chapters has fewer to confuse them with, and codes nothing else"

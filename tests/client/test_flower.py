@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,25 +11,15 @@ from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
-    Context,
-    Message,
     MetricRecord,
     RecordDict,
 )
-from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.client.app import app as deployed_app
 from anabranch.client.flower import (
-    DESCRIBE,
     FRAME_TYPE,
-    Describe,
-    Described,
-    SiteLike,
-    client_app,
     pack_assignment,
-    pack_describe,
     pack_evaluated,
     pack_refused,
     pack_trained,
@@ -42,14 +31,15 @@ from anabranch.client.flower import (
     unpack_trained,
 )
 from anabranch.protocols import errors, wire
-from anabranch.protocols.adapter import Adapter, Delta
-from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import DataError, IncompatibleAdapter, MalformedMessage
+from anabranch.protocols.adapter import WHOLE, Delta
+from anabranch.protocols.errors import IncompatibleAdapter, MalformedMessage
 from anabranch.protocols.messages import Assignment, Evaluated, Refused, Trained
+from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
-from anabranch.simulations.grid import InProcessGrid
-from tests.simulations.rig import SPEC, ToySite, adapter, config, rewrite, with_value
+from anabranch.protocols.tables import Uplink
+from tests.simulations.rig import SPEC, adapter, config, rewrite, with_value
 
+RNG = np.random.default_rng(0)
 TRAINED = Trained(site="a", num_examples=9, steps=4, seconds=1.5, loss=0.25)
 EVALUATED = Evaluated(site="a", num_examples=5, metrics={"accuracy": 0.5})
 REFUSED = Refused(site="a", reason="data", message="records.csv: 0 rows")
@@ -61,6 +51,14 @@ def a_delta(value: float = 0.5, num_examples: int = 9) -> Delta:
 
 def assignment() -> Assignment:
     return Assignment(run="toy-1", round=3, config=config())
+
+
+def trained() -> RecordDict:
+    return pack_trained(TRAINED, wire.encode(a_delta()))
+
+
+def unpack(content: RecordDict, spec: AdapterSpec = SPEC) -> tuple[Trained, Delta] | Refused:
+    return unpack_trained(content, spec, WHOLE, Uplink())
 
 
 def copy_of(content: RecordDict) -> RecordDict:
@@ -75,11 +73,11 @@ def copy_of(content: RecordDict) -> RecordDict:
 def test_a_delta_arrives_as_it_was_sent(values: Any) -> None:
     sent = Delta(SPEC, {**a_delta().arrays, "head.weight": values}, 9)
 
-    got = unpack_trained(copy_of(pack_trained(TRAINED, sent)), SPEC)
+    got = unpack(copy_of(pack_trained(TRAINED, wire.encode(sent))))
 
     assert not isinstance(got, Refused)
-    trained, delta = got
-    assert trained == TRAINED
+    report, delta = got
+    assert report == TRAINED
     assert delta.num_examples == 9
     for name, array in sent.arrays.items():
         np.testing.assert_array_equal(delta.arrays[name], array)
@@ -87,7 +85,7 @@ def test_a_delta_arrives_as_it_was_sent(values: Any) -> None:
 
 @given(data=st.data())
 def test_a_frame_that_was_changed_anywhere_is_refused(data: st.DataObject) -> None:
-    content = pack_trained(TRAINED, a_delta())
+    content = trained()
     array = content.array_records["frame"]["frame"]
     frame = bytearray(array.data)
     at = data.draw(st.integers(0, len(frame) - 1))
@@ -95,7 +93,7 @@ def test_a_frame_that_was_changed_anywhere_is_refused(data: st.DataObject) -> No
     array.data = bytes(frame)
 
     with pytest.raises(errors.ProtocolError):
-        unpack_trained(content, SPEC)
+        unpack(content)
 
 
 # Examples
@@ -124,12 +122,12 @@ def test_the_adapter_is_one_array_of_bytes_that_flower_does_not_interpret() -> N
 def test_metrics_and_refusals_arrive_as_they_were_sent() -> None:
     assert unpack_evaluated(copy_of(pack_evaluated(EVALUATED))) == EVALUATED
     assert unpack_evaluated(pack_refused(REFUSED)) == REFUSED
-    assert unpack_trained(pack_refused(REFUSED), SPEC) == REFUSED
+    assert unpack(pack_refused(REFUSED)) == REFUSED
     assert unpack_described(pack_refused(REFUSED)) == REFUSED
 
 
 def test_payload_bytes_are_those_of_frame_and_message() -> None:
-    content = pack_trained(TRAINED, a_delta())
+    content = trained()
     text = content.config_records["message"]["json"]
 
     assert isinstance(text, bytes)
@@ -238,117 +236,47 @@ MALFORMED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
 @pytest.mark.parametrize("case", sorted(MALFORMED))
 def test_what_no_pack_makes_is_refused(case: str) -> None:
     change, message = MALFORMED[case]
-    content = copy_of(pack_trained(TRAINED, a_delta()))
+    content = copy_of(trained())
     change(content)
 
     with pytest.raises(MalformedMessage, match=message):
-        unpack_trained(content, SPEC)
+        unpack(content)
 
 
 def test_a_delta_of_another_base_or_with_nan_is_refused() -> None:
     other: AdapterSpec = msgspec.structs.replace(SPEC, base="1" * 64)
-    with pytest.raises(IncompatibleAdapter, match="adapter is for base model 000000000000"):
-        unpack_trained(pack_trained(TRAINED, a_delta()), other)
+    with pytest.raises(IncompatibleAdapter, match=r"delta is of adapter \w{12}…, expected"):
+        unpack(trained(), spec=other)
 
-    content = pack_trained(TRAINED, a_delta())
+    content = trained()
     frame_of(content).data = with_value(frame_of(content).data, float("nan"))
-    with pytest.raises(IncompatibleAdapter, match="1 of 6 values are NaN or infinite"):
-        unpack_trained(content, SPEC)
+    with pytest.raises(errors.ProtocolError, match="1 of 6 values are NaN or infinite"):
+        unpack(content)
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8", "top-k"])
+def test_a_part_in_a_codec_is_read_by_those_who_agreed_on_both(codec: Any) -> None:
+    part = Part(factors="B", ranks=(1,))
+    arrays = part.take(SPEC, adapter(0.5).arrays)
+    sent = Delta(SPEC, arrays, 9, part=part, steps=4)
+    content = pack_trained(TRAINED, wire.encode(sent, codec=codec, keep=1.0, rng=RNG))
+
+    got = unpack_trained(copy_of(content), SPEC, part, Uplink(codec=codec, keep=1.0))
+
+    assert not isinstance(got, Refused)
+    assert (got[1].part, got[1].steps) == (part, 4)
+    assert set(got[1].arrays) == {"head.weight", "layer.lora_B.weight"}
+    for name, array in arrays.items():
+        np.testing.assert_allclose(got[1].arrays[name], array, rtol=0.01)
+    for other in (WHOLE, Part(factors="B"), Part(factors="B", ranks=(0,))):
+        with pytest.raises(errors.ProtocolError, match="delta is of"):
+            unpack_trained(content, SPEC, other, Uplink(codec=codec, keep=1.0))
+    with pytest.raises(errors.ProtocolError, match=f"delta is in {codec}"):
+        unpack_trained(content, SPEC, part, Uplink())
 
 
 def test_a_message_of_another_kind_is_refused() -> None:
     with pytest.raises(MalformedMessage, match="expected 'evaluated', got 'trained'"):
-        unpack_evaluated(pack_trained(TRAINED, a_delta()))
+        unpack_evaluated(trained())
     with pytest.raises(MalformedMessage, match="expected 'assignment', got 'evaluated'"):
         unpack_assignment(pack_evaluated(EVALUATED))
-
-
-# The ClientApp
-
-
-def ask(app: ClientApp, kind: str, content: RecordDict, site: str = "a") -> RecordDict:
-    """Return the content of an app's reply to one message."""
-    with InProcessGrid(app, [site]) as grid:
-        (node,) = grid.get_node_ids()
-        (reply,) = grid.send_and_receive([Message(content, node, kind)], timeout=30)
-    return reply.content
-
-
-def request() -> RecordDict:
-    return pack_assignment(assignment(), wire.encode(adapter()))
-
-
-def test_a_site_describes_trains_and_evaluates() -> None:
-    app = client_app(lambda context: ToySite("a", 12, step=2.0))
-
-    described = unpack_described(
-        ask(app, DESCRIBE, pack_describe(Describe(run="toy-1", config=config())))
-    )
-    assert described == Described(site="a", num_examples=12, held_out=4)
-    got = unpack_trained(ask(app, "train", request()), SPEC)
-    assert not isinstance(got, Refused)
-    assert (got[1].arrays["head.weight"] == 2.0).all()
-    evaluated = unpack_evaluated(ask(app, "evaluate", request()))
-    assert isinstance(evaluated, Evaluated)
-    assert evaluated.num_examples == 4
-
-
-def test_a_site_says_in_its_own_words_why_it_refuses() -> None:
-    class Unfit(ToySite):
-        def records(self, config: RunConfig) -> Any:
-            raise DataError("records.csv: 0 rows, at least 1 needed")
-
-    app = client_app(lambda context: Unfit("a"))
-    content = ask(app, DESCRIBE, pack_describe(Describe(run="toy-1", config=config())))
-
-    assert unpack_described(content) == Refused(
-        site="a", reason="data", message="records.csv: 0 rows, at least 1 needed"
-    )
-
-
-def test_the_text_of_an_unforeseen_error_stays_in_the_sites_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    class Crashing(ToySite):
-        def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, Delta]:
-            raise KeyError("patient John Doe")
-
-    with caplog.at_level(logging.ERROR):
-        content = ask(client_app(lambda context: Crashing("a")), "train", request())
-
-    assert unpack_trained(content, SPEC) == Refused(
-        site="a", reason="internal", message="KeyError in training: see the site's log"
-    )
-    assert "patient John Doe" in caplog.text
-    assert "Traceback" in caplog.text
-
-
-def test_a_message_that_breaks_the_protocol_is_refused_by_the_site() -> None:
-    content = request()
-    frame_of(content).data = b"x" * len(frame_of(content).data)
-    app = client_app(lambda context: ToySite("a"))
-
-    refused = unpack_trained(ask(app, "train", content), SPEC)
-
-    assert isinstance(refused, Refused)
-    assert refused.reason == "protocol"
-    assert refused.message.startswith("expected magic b'ABA1'")
-
-
-def test_a_site_that_cannot_be_opened_refuses_under_its_nodes_name() -> None:
-    def closed(context: Context) -> SiteLike:
-        raise errors.ConfigError("site.toml: no such file")
-
-    refused = unpack_trained(ask(client_app(closed), "train", request()), SPEC)
-
-    assert isinstance(refused, Refused)
-    assert refused.site.startswith("node-")
-    assert (refused.reason, refused.message) == ("config", "site.toml: no such file")
-
-
-def test_a_node_without_a_site_says_how_to_start_it() -> None:
-    refused = unpack_trained(ask(deployed_app, "train", request(), site=""), SPEC)
-
-    assert isinstance(refused, Refused)
-    assert refused.reason == "config"
-    assert "start it with --node-config 'site=" in refused.message

@@ -17,8 +17,8 @@ from anabranch.client.privacy import (
     plan_for,
     require_budget,
 )
-from anabranch.protocols.config import Privacy, Training
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.tables import Privacy, Training
 
 ROUND = Spend(noise_multiplier=1.2, sample_rate=0.064, steps=10)
 

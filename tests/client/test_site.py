@@ -11,7 +11,8 @@ from anabranch.client.privacy import epsilon_of
 from anabranch.client.site import Models, Site, round_seed
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import read_adapter
-from anabranch.protocols.adapter import Adapter
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import WHOLE, Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import (
     ConfigError,
@@ -20,6 +21,7 @@ from anabranch.protocols.errors import (
     PrivacyError,
 )
 from anabranch.protocols.messages import Assignment
+from anabranch.protocols.part import Part
 from tests.runs import PRIVATE, table_run, write_site, write_table
 
 PRIVATE_RUN = (("local_epochs = 2", "local_steps = 3"),)
@@ -39,15 +41,23 @@ def assignment(config: RunConfig, number: int = 1, run: str = "r1") -> Assignmen
     return Assignment(run=run, round=number, config=config)
 
 
+def received(frame: bytes, config: RunConfig, part: Part = WHOLE) -> Delta:
+    """Return the delta as the coordinator reads it."""
+    uplink = config.uplink
+    spec = start(config).spec
+    return wire.decode_delta(frame, spec, part, codec=uplink.codec, keep=uplink.keep)
+
+
 def test_a_round_returns_what_changed_and_how_many_records_are_behind_it(site: Site) -> None:
     config = table_run()
 
-    report, delta = site.train(assignment(config), start(config))
+    report, frame = site.train(assignment(config), start(config))
+    delta = received(frame, config)
 
     assert (report.site, report.num_examples, report.steps) == ("north", 40, 10)
     assert report.loss is not None
     assert report.epsilon is None
-    assert delta.num_examples == 40
+    assert (delta.num_examples, delta.steps) == (40, 10)
     assert delta.norm() > 0
 
 
@@ -61,7 +71,7 @@ def test_a_round_does_not_depend_on_what_the_process_did_before(tmp_path: Path) 
     _, second = used.train(assignment(config, 2), start(config))
     _, alone = fresh.train(assignment(config, 2), start(config))
 
-    assert all((second.arrays[name] == a).all() for name, a in alone.arrays.items())
+    assert second == alone
 
 
 def test_sites_and_rounds_shuffle_differently() -> None:
@@ -73,7 +83,7 @@ def test_sites_and_rounds_shuffle_differently() -> None:
 def test_a_private_round_is_in_the_ledger_before_it_is_released(site: Site) -> None:
     config = table_run(*PRIVATE_RUN, extra=PRIVATE)
 
-    report, delta = site.train(assignment(config), start(config))
+    report, frame = site.train(assignment(config), start(config))
 
     spent = Ledger(site.folder / "ledger.sqlite").history("r1")
     assert [(s.noise_multiplier, s.sample_rate, s.steps) for s in spent] == [
@@ -82,7 +92,7 @@ def test_a_private_round_is_in_the_ledger_before_it_is_released(site: Site) -> N
     assert report.delta == pytest.approx(1 / 400)
     assert report.epsilon == pytest.approx(epsilon_of(spent, 1 / 400))
     assert report.loss is None
-    assert delta.norm() > 0
+    assert received(frame, config).norm() > 0
 
 
 def test_rounds_of_a_private_run_add_up_to_the_target_and_not_above(site: Site) -> None:
@@ -134,7 +144,8 @@ def test_private_noise_differs_between_two_runs_of_the_same_round(tmp_path: Path
     data = write_table(tmp_path / "records.csv")
     sites = [Site(write_site(tmp_path / name, "north", data), Models()) for name in ("a", "b")]
 
-    deltas = [site.train(assignment(config), start(config))[1] for site in sites]
+    frames = [site.train(assignment(config), start(config))[1] for site in sites]
+    deltas = [received(frame, config) for frame in frames]
 
     assert any((deltas[0].arrays[n] != deltas[1].arrays[n]).any() for n in deltas[0].arrays)
 

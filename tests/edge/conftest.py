@@ -12,15 +12,8 @@ import torch
 
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
-from anabranch.protocols.config import (
-    Column,
-    Contract,
-    Federation,
-    Lora,
-    Model,
-    RunConfig,
-    Task,
-)
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import Column, Contract, Federation, Lora, Model, Task
 
 WORDS = "acute chronic fracture of the left right femur heart failure infarction type with and"
 LABELS = ("bone", "heart", "other")

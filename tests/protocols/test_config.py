@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.protocols.config import ColumnType, Contract, RunConfig, not_finite, parse
+from anabranch.protocols.config import RunConfig, not_finite, parse
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.part import Part
+from anabranch.protocols.tables import ColumnType, Contract
 
 MINIMAL = """
 name = "chest-clinic"
@@ -196,8 +198,61 @@ TOGETHER = [
         "class_weights: expected 3 numbers, one per label, got 2",
     ),
     ({"training__local_steps": None}, r"training.local_steps is required with \[privacy\]"),
-    ({"federation__proximal_mu": 0.1}, r"proximal_mu is not part of private training"),
     ({"training__class_weights": "balanced"}, r'"balanced" is computed from the records'),
+]
+
+LORA = {"lora__rank": 4, "lora__targets": ["*"], "privacy": None}
+METHODS = [
+    ({"federation__method": "ffa"}, r'"ffa" needs lora\.rank above 0; take "fedavg"'),
+    (
+        LORA | {"federation__method": "altqr", "server": {"learning_rate": 0.1}},
+        r'\[server\] does not go with federation\.method = "altqr"',
+    ),
+    (
+        LORA | {"federation__method": "rolora", "federation__buffer": 3},
+        r'federation\.buffer does not go with federation\.method = "rolora".*Take "ffa"',
+    ),
+    (
+        LORA | {"federation__method": "ffa", "federation__buffer": 2},
+        r"federation\.quorum: 3 deltas from a buffer of 2",
+    ),
+    (LORA | {"federation__residual_rank": 2}, r'residual_rank is for "fedex" and "flora", not'),
+    (
+        LORA | {"federation__method": "flexlora", "uplink": {"error_feedback": True}},
+        r'uplink\.error_feedback does not go with federation\.method = "flexlora"',
+    ),
+    (
+        LORA | {"federation__method": "ffa", "federation__absent_ranks": "skip"},
+        r'absent_ranks is for "fedavg", not "ffa"',
+    ),
+    (LORA | {"robust": {"rule": "median"}}, r'\[robust\] does not go with .*"fedavg": a robust'),
+    (
+        LORA | {"federation__method": "flexlora", "robust": {"rule": "median"}},
+        r'robust\.rule = "median" works on coordinates',
+    ),
+    (
+        LORA | {"federation__method": "ffa", "robust": {"rule": "krum"}},
+        r"robust\.byzantine is required: how many clients may lie",
+    ),
+    (
+        LORA
+        | {
+            "federation__method": "ffa",
+            "federation__normalize_steps": True,
+            "robust": {"rule": "median"},
+        },
+        r"goes neither with federation\.normalize_steps nor with federation\.buffer",
+    ),
+    (
+        LORA | {"personal": {"head": "local"}, "lora__modules_to_save": ["x"]},
+        r"lora\.modules_to_save: with fedsa or a local head",
+    ),
+    ({"personal": {"head": "local"}}, r'personal\.head = "local" with lora\.rank = 0'),
+    ({"personal": {"rank": 2}}, r"personal\.rank needs lora\.rank above 0"),
+    (
+        LORA | {"federation__method": "fedsa", "personal": {"rank": 2}},
+        r"personal\.rank is for models that all sites share",
+    ),
 ]
 
 INFINITE = [
@@ -213,7 +268,7 @@ INFINITE = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "says"), FIELDS + TOGETHER + INFINITE)
+@pytest.mark.parametrize(("changes", "says"), FIELDS + TOGETHER + METHODS + INFINITE)
 def test_a_wrong_configuration_is_refused_by_field(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as refusal:
         read(table(**changes))
@@ -221,7 +276,7 @@ def test_a_wrong_configuration_is_refused_by_field(changes: dict[str, Any], says
     assert str(refusal.value).startswith("run.toml: ")
 
 
-@pytest.mark.parametrize(("changes", "says"), TOGETHER)
+@pytest.mark.parametrize(("changes", "says"), TOGETHER + METHODS)
 def test_a_message_is_checked_as_the_file_is(changes: dict[str, Any], says: str) -> None:
     """A site does not trust that its coordinator looked."""
     data = json.dumps(table(**changes)).encode()
@@ -243,6 +298,30 @@ def test_a_message_is_checked_as_the_file_is(changes: dict[str, Any], says: str)
 def test_what_is_not_toml_is_refused(text: str | bytes, says: str) -> None:
     with pytest.raises(ConfigError, match=rf"^run\.toml: .*{says}"):
         parse(text, source="run.toml")
+
+
+@pytest.mark.parametrize(
+    ("method", "residual_rank", "rank"),
+    [("fedavg", None, 4), ("altqr", None, 4), ("fedex", None, 8), ("flora", 2, 6)],
+)
+def test_a_method_with_a_residual_widens_the_adapter_and_keeps_its_scaling(
+    method: str, residual_rank: int | None, rank: int
+) -> None:
+    changes: dict[str, Any] = {
+        "federation__method": method,
+        "federation__residual_rank": residual_rank,
+    }
+    config = read(table(**LORA, **changes))
+
+    assert config.adapter.rank == rank
+    assert config.adapter.alpha / rank == config.lora.alpha / config.lora.rank
+
+
+def test_what_stays_at_the_sites_is_told_as_a_part() -> None:
+    assert read(TABLE).kept is None
+    fedsa = read(table(**LORA, federation__method="fedsa"))
+    assert fedsa.kept == Part(factors="B")
+    assert read(table(**LORA, personal={"head": "local"})).kept == Part(factors="none")
 
 
 def test_a_frozen_configuration_is_not_changed_by_accident() -> None:

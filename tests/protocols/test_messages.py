@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.config import parse
 from anabranch.protocols.errors import MalformedMessage
 from anabranch.protocols.messages import (
@@ -17,6 +18,7 @@ from anabranch.protocols.messages import (
     decode,
     encode,
 )
+from anabranch.protocols.part import Part
 
 CONFIG = parse(
     """
@@ -36,7 +38,16 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 maybe = st.none() | not_negative
 MESSAGES: dict[type[msgspec.Struct], st.SearchStrategy[msgspec.Struct]] = {
     Assignment: st.builds(
-        Assignment, run=texts, round=st.integers(1, 2**53), config=st.just(CONFIG)
+        Assignment,
+        run=texts,
+        round=st.integers(1, 2**53),
+        config=st.just(CONFIG),
+        part=st.builds(
+            Part,
+            factors=st.sampled_from(["A", "B", "both", "none"]),
+            ranks=st.none() | st.lists(st.integers(0, 9), unique=True).map(tuple),
+            dense=st.booleans(),
+        ),
     ),
     Trained: st.builds(
         Trained,
@@ -120,6 +131,9 @@ REFUSED: list[tuple[type[msgspec.Struct], dict[str, Any], str]] = [
     (Assignment, {"round": True}, r"Assignment: Expected `int`, got `bool`"),
     (Assignment, {"run": None}, r"Assignment: Expected `str`, got `null`"),
     (Assignment, {"config": {}}, r"missing required field `name` - at `\$\.config`"),
+    (Assignment, {"part": {"factors": "C"}}, r"Invalid enum value 'C' - at `\$\.part\.factors`"),
+    (Assignment, {"part": {"ranks": ["1"]}}, r"Expected `int`, got `str` - at `\$\.part\.ranks"),
+    (Assignment, {"part": {"rank": 1}}, r"unknown field `rank` - at `\$\.part`"),
     (Assignment, {"shell": "rm"}, "Assignment: Object contains unknown field `shell`"),
     (Trained, {"num_examples": -3}, r"Expected `int` >= 0 - at `\$\.num_examples`"),
     (Trained, {"num_examples": 1.5}, r"Expected `int`, got `float` - at `\$\.num_examples`"),
@@ -141,6 +155,12 @@ def test_a_wrong_field_is_refused_by_name(
 
     with pytest.raises(MalformedMessage, match=says):
         decode(json.dumps({**GOOD[kind], **change}).encode(), kind)
+
+
+def test_an_assignment_without_a_part_means_the_whole_adapter() -> None:
+    arrived = decode(json.dumps(GOOD[Assignment]).encode(), Assignment)
+
+    assert arrived.part == WHOLE
 
 
 def test_a_configuration_that_contradicts_itself_is_a_malformed_message() -> None:

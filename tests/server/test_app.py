@@ -68,6 +68,15 @@ def test_with_records_of_its_own_the_coordinator_chooses_and_releases(
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_records_of_a_coordinator_without_a_whole_model_are_refused(tmp_path: Path) -> None:
+    file = run_file(tmp_path, ("rounds = 2", 'rounds = 2\nmethod = "fedsa"'))
+    own = write_table(tmp_path / "own.csv", n=60, seed=5)
+
+    with grid() as g, pytest.raises(ConfigError, match=r"test: .*fedsa.*holdout above 0"):
+        coordinate(g, file, tmp_path / "out", test=own)
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_runs_of_one_file_have_two_identities(tmp_path: Path) -> None:
     file = run_file(tmp_path)
     for name in ("one", "two"):

@@ -5,18 +5,10 @@ import msgspec
 import pytest
 
 from anabranch.edge.runtime.manifest import File
-from anabranch.protocols.config import (
-    Column,
-    Contract,
-    Federation,
-    Model,
-    Privacy,
-    RunConfig,
-    Task,
-    Training,
-)
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.tables import Column, Contract, Federation, Model, Privacy, Task, Training
 from anabranch.server.card import Checks, RunFacts, SitePrivacy, model_card, privacy_statement
 
 CONFIG = RunConfig(

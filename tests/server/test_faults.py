@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,9 +17,9 @@ from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import DataError, PrivacyError, RunError
 from anabranch.protocols.messages import Assignment, Trained
+from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.aggregation.fedavg import fedavg
-from anabranch.server.aggregation.rule import Aggregator
 from anabranch.server.result import Result
 from tests.simulations.federation import NAMES, POLL_S, Federation, arrays_of, value
 from tests.simulations.rig import (
@@ -68,7 +69,7 @@ def test_the_first_round_waits_for_the_whole_cohort() -> None:
         if federation.time.now >= 30:
             federation.grid.offline = set()
 
-    federation.engine._sleep = sleep
+    federation.engine._exchange._sleep = sleep
 
     assert federation.run().history[0].asked == tuple(NAMES)
     assert 30 <= federation.time.now < 60
@@ -163,7 +164,6 @@ def test_a_late_reply_is_recorded_and_dropped_and_its_site_asked_again() -> None
 
 def test_what_comes_after_its_turn_was_missed_is_late_and_not_half_counted() -> None:
     sites = [ToySite("a", step=100.0), ToySite("b", step=1.0), ToySite("c", step=3.0)]
-    federation = Federation(sites, run=config(rounds=1), delays={"a": 60.5})
     mean = fedavg()
 
     def slowly(deltas: Iterable[Delta]) -> Iterator[Delta]:
@@ -171,9 +171,10 @@ def test_what_comes_after_its_turn_was_missed_is_late_and_not_half_counted() -> 
             federation.time.now += 1.0  # the first delta that comes is b's: a has missed its turn
             yield delta
 
-    federation.engine._rule = Aggregator(
-        mean.init, lambda state, deltas: mean.apply(state, slowly(deltas))
+    rule = dataclasses.replace(
+        mean, merge=lambda state, sent, deltas: mean.merge(state, sent, slowly(deltas))
     )
+    federation = Federation(sites, run=config(rounds=1), delays={"a": 60.5}, rule=rule)
     result = federation.run()
 
     assert value(result) == 2.0
@@ -184,7 +185,7 @@ def test_what_comes_after_its_turn_was_missed_is_late_and_not_half_counted() -> 
 
 def test_a_round_below_its_quorum_lists_every_site_and_its_reason() -> None:
     class Broken(ToySite):
-        def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, Delta]:
+        def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, bytes]:
             raise PrivacyError("epsilon 8 is spent")
 
     sites = [ToySite("a"), Broken("b"), ToySite("c")]
@@ -204,7 +205,7 @@ def test_a_round_below_its_quorum_lists_every_site_and_its_reason() -> None:
 
 def test_the_text_of_an_unforeseen_error_never_reaches_the_coordinator() -> None:
     class Crashing(ToySite):
-        def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, Delta]:
+        def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, bytes]:
             raise KeyError("patient John Doe")
 
     federation = Federation([ToySite("a"), Crashing("bergen")], run=config(rounds=1))
@@ -253,7 +254,7 @@ def send_nan(content: RecordDict) -> None:
 
 def other_spec(content: RecordDict, **fields: Any) -> None:
     spec: AdapterSpec = msgspec.structs.replace(SPEC, **fields)
-    delta = Delta(spec, adapter(0.5, spec).arrays, SIZES["bergen"])
+    delta = Delta(spec, adapter(0.5, spec).arrays, SIZES["bergen"], steps=3)
     replace_frame(content, wire.encode(delta))
 
 
@@ -267,7 +268,25 @@ def drop_the_frame(content: RecordDict) -> None:
 
 def other_count(content: RecordDict) -> None:
     delta = wire.decode_delta(frame_of(content), SPEC)
-    replace_frame(content, wire.encode(Delta(SPEC, delta.arrays, 9)))
+    replace_frame(content, wire.encode(Delta(SPEC, delta.arrays, 9, steps=3)))
+
+
+def other_steps(content: RecordDict) -> None:
+    delta = wire.decode_delta(frame_of(content), SPEC)
+    replace_frame(content, wire.encode(Delta(SPEC, delta.arrays, delta.num_examples, steps=9)))
+
+
+def half_a_delta(content: RecordDict) -> None:
+    delta = wire.decode_delta(frame_of(content), SPEC)
+    part = Part(factors="B")
+    arrays = part.take(SPEC, delta.arrays)
+    half = Delta(SPEC, arrays, delta.num_examples, part=part, steps=delta.steps)
+    replace_frame(content, wire.encode(half))
+
+
+def other_codec(content: RecordDict) -> None:
+    delta = wire.decode_delta(frame_of(content), SPEC)
+    replace_frame(content, wire.encode(delta, codec="fp16"))
 
 
 ATTACKS: dict[str, tuple[Callable[[RecordDict], None], str]] = {
@@ -275,11 +294,11 @@ ATTACKS: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     "NaN": (send_nan, "layer.lora_B.weight: 1 of 6 values are NaN or infinite"),
     "another base": (
         lambda c: other_spec(c, base="1" * 64),
-        "adapter is for base model 111111111111…, expected 000000000000…",
+        "delta is of adapter ",
     ),
     "another shape": (
         lambda c: other_spec(c, tensors=(("head.weight", (5, 3)), *SPEC.tensors[1:])),
-        "head.weight: expected shape (3, 5), got (5, 3)",
+        "load the same base and [lora] on both sides",
     ),
     "an adapter for a delta": (send_the_adapter, "expected kind 'delta', got 'adapter'"),
     "a weight of 1e12": (
@@ -293,6 +312,9 @@ ATTACKS: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     ),
     "no examples": (lambda c: rewrite(c, num_examples=0), "num_examples: expected 1 to 10"),
     "two weights": (other_count, "num_examples: 9 in the frame, 10 in the message"),
+    "two step counts": (other_steps, "steps: 9 in the frame, 3 in the message"),
+    "another part": (half_a_delta, "delta is of "),
+    "another codec": (other_codec, "delta is in fp16, expected fp32"),
     "another name": (lambda c: rewrite(c, site="cork"), "site: expected 'bergen', got 'cork'"),
     "an unknown field": (lambda c: rewrite(c, extra=1), "unknown field `extra`"),
     "no frame": (drop_the_frame, "trained: expected records"),

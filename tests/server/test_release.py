@@ -18,7 +18,9 @@ from anabranch.client.tuning.peft_folder import read_peft
 from anabranch.edge.runtime.classify import Model as Device
 from anabranch.edge.runtime.manifest import FP32, INT8, MANIFEST, entry, read_manifest, verify
 from anabranch.protocols import wire
-from anabranch.protocols.config import (
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import IncompatibleAdapter, PrivacyError, ReleaseError
+from anabranch.protocols.tables import (
     Column,
     Contract,
     Federation,
@@ -26,11 +28,9 @@ from anabranch.protocols.config import (
     Model,
     Privacy,
     Release,
-    RunConfig,
     Task,
     Training,
 )
-from anabranch.protocols.errors import IncompatibleAdapter, PrivacyError, ReleaseError
 from anabranch.server import release
 from anabranch.server.card import RunFacts, SitePrivacy
 from anabranch.server.release import make_release

@@ -30,6 +30,7 @@ DATA = ReportData(
     ),
     accuracy={"federated": {1: 0.5, 2: 0.75}, "federated with DP": {1: 0.4, 2: 0.65}},
     loss={"federated": {1: 1.25, 2: 0.875}},
+    aggregation_error={"federated": {1: 0.25, 2: 3.4e-08}},
     site_accuracy={"federated": {"north": 0.7, "south": 0.8}, "alone": {"north": 0.6}},
     labels=("eye", "ear", "skin"),
     label_counts={"north": (10, 0, 1200), "south": (3, 44, 5)},
@@ -49,6 +50,7 @@ DATA = ReportData(
         ),
     ),
     seed=7,
+    aggregation={"method": "altqr", "codec": "int8, error feedback"},
     facts={"time": "3 min 2 s"},
     digests={"base model": "55" * 32},
     versions={"torch": "2.13.0"},
@@ -56,13 +58,19 @@ DATA = ReportData(
 
 SECTIONS = {
     "Result": {"comparison": ()},
-    "Rounds": {"accuracy": {}, "loss": {}},
+    "Rounds": {"accuracy": {}, "loss": {}, "aggregation_error": {}},
     "Sites": {"site_accuracy": {}, "label_counts": {}, "failures": None},
     "Privacy": {"privacy": "", "not_covered": (), "epsilon": {}, "epsilon_target": None},
     "Traffic": {"bytes_up": {}, "bytes_down": {}},
     "Errors": {"confusion": ()},
     "Release": {"release": ()},
-    "Provenance": {"seed": None, "facts": {}, "digests": {}, "versions": {}},
+    "Provenance": {
+        "seed": None,
+        "aggregation": {},
+        "facts": {},
+        "digests": {},
+        "versions": {},
+    },
 }
 
 
@@ -101,7 +109,7 @@ def test_the_page_is_well_formed_and_each_chart_is_xml() -> None:
     html = render(DATA)
     page = Page(html)
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert len(charts) == 8
+    assert len(charts) == 9
     for chart in charts:
         root = ElementTree.fromstring(chart)
         assert root.get("role") == "img"
@@ -122,7 +130,7 @@ def test_nothing_on_the_page_asks_for_anything_elsewhere() -> None:
 
 def test_every_number_in_a_chart_is_also_in_a_table_under_it() -> None:
     figures = re.findall(r"<figure>.*?</figure>", render(DATA), flags=re.S)
-    assert len(figures) == 8
+    assert len(figures) == 9
     for figure in figures:
         chart, tables = figure.split("</svg>")
         shown = set(re.findall(r'class="value[^"]*"[^>]*>([^<]+)<', chart))
@@ -144,6 +152,7 @@ def test_hostile_strings_stay_text_wherever_they_come_from() -> None:
         name=HOSTILE, title=HOSTILE, description=HOSTILE, evaluated_on=HOSTILE,
         comparison=(Comparison(name=HOSTILE, accuracy=0.5, note=HOSTILE, ours=True),),
         accuracy={HOSTILE: {1: 0.5}}, loss={HOSTILE: {1: 0.5}},
+        aggregation_error={HOSTILE: {1: 0.5}}, aggregation={HOSTILE: HOSTILE},
         site_accuracy={HOSTILE: {HOSTILE: 0.5}}, labels=(HOSTILE, "b"),
         label_counts={HOSTILE: (1, 2)}, privacy=HOSTILE, not_covered=(HOSTILE,),
         failures=(Failure(round=1, site=HOSTILE, reason=HOSTILE),),
@@ -167,6 +176,14 @@ def test_a_section_without_data_is_left_out_and_the_others_stay(section: str) ->
     assert headings(render(DATA)) == list(SECTIONS)
     without = dataclasses.replace(DATA, **SECTIONS[section])  # type: ignore[arg-type]
     assert headings(render(without)) == [name for name in SECTIONS if name != section]
+
+
+def test_the_page_says_how_deltas_were_merged_and_how_exactly() -> None:
+    html = render(DATA)
+
+    assert "Aggregation error" in html
+    assert "3.4e-08" in html
+    assert "int8, error feedback" in html
 
 
 def test_a_run_with_a_name_only_is_a_page_without_sections() -> None:

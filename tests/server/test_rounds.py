@@ -13,7 +13,7 @@ from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import ConfigError, PrivacyError, RunError
 from anabranch.protocols.messages import Assignment, Evaluated
-from anabranch.server.aggregation.rule import Aggregator
+from anabranch.server.aggregation.rule import Merged, Rule
 from anabranch.server.result import mean_metrics
 from tests.simulations.federation import NAMES, POLL_S, Federation, arrays_of, value
 from tests.simulations.rig import (
@@ -148,7 +148,7 @@ def test_metrics_of_sites_are_weighted_by_their_records() -> None:
 def test_deltas_are_let_go_once_they_are_summed() -> None:
     alive: list[int] = []
 
-    def apply(state: None, deltas: Iterable[Delta]) -> tuple[None, Delta]:
+    def merge(state: None, sent: Adapter, deltas: Iterable[Delta]) -> tuple[None, Merged]:
         seen: list[weakref.ref[Delta]] = []
         last = None
         for delta in deltas:
@@ -158,12 +158,12 @@ def test_deltas_are_let_go_once_they_are_summed() -> None:
             gc.collect()
             alive.append(sum(ref() is not None for ref in seen))
         assert last is not None
-        return state, last
+        return state, Merged(adapter=sent.plus(last), num_examples=4, clients=4)
 
     Federation(
         run=config(rounds=1),
         delays={name: float(i) for i, name in enumerate(NAMES)},
-        rule=Aggregator(lambda: None, apply),
+        rule=Rule(name="last", init=lambda adapter: (None, adapter), merge=merge),
     ).run()
 
     assert len(alive) == 4

@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 
 from anabranch.client.flower import SiteLike, client_app
 from anabranch.protocols import wire
-from anabranch.protocols.adapter import Adapter, Delta
+from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.protocols.spec import AdapterSpec
@@ -68,17 +68,21 @@ class ToySite:
     num_examples: int = 10
     step: float | None = None
     held_out: int = 4
+    max_rank: int | None = None
 
     def records(self, config: RunConfig) -> tuple[Sequence[int], Sequence[int]]:
         return range(self.num_examples), range(self.held_out)
 
-    def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, Delta]:
+    def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, bytes]:
         arrays = {name: self._moved(a, name, assignment) for name, a in before.arrays.items()}
-        delta = Adapter(before.spec, arrays).minus(before, num_examples=self.num_examples)
+        delta = Adapter(before.spec, arrays).minus(
+            before, num_examples=self.num_examples, part=assignment.part, steps=3
+        )
         report = Trained(
             site=self.name, num_examples=self.num_examples, steps=3, seconds=0.5, loss=0.25
         )
-        return report, delta
+        uplink = assignment.config.uplink
+        return report, wire.encode(delta, codec=uplink.codec, keep=uplink.keep)
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         distance = abs(float(adapter.arrays["head.weight"][0, 0]) - self._target())

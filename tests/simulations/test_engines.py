@@ -67,6 +67,27 @@ def test_flowers_simulation_runtime_gives_the_same_adapter_as_this_process(
     assert "flwr" not in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("ray_leftovers")
+def test_altqr_over_sites_of_unequal_rank_is_the_same_on_both_engines(
+    table_sites: dict[str, Path],
+) -> None:
+    with (table_sites["oncology"] / "site.toml").open("a") as file:
+        file.write("max_rank = 1\n")
+    run = table_run(
+        ("rounds = 2", 'rounds = 2\nquorum = 2\nmethod = "altqr"'),
+        extra='[uplink]\ncodec = "int8"\nerror_feedback = true\n',
+    )
+    first = initial_adapter(run)
+
+    here = engines.run("sequential", run, table_sites, first, run_name="here")
+    ray = engines.run("flower", run, table_sites, first, run_name="ray", workers=2)
+
+    assert_same_adapter(here, ray)
+    assert [row.max_rank for row in here.sites.values()] == [None, 1]
+    assert [r.method for r in ray.history] == ["altqr", "altqr"]
+    assert all(r.sites["oncology"].bytes_up < r.sites["cardiology"].bytes_up for r in (here, ray))
+
+
 def test_the_order_in_which_sites_are_given_does_not_matter() -> None:
     backwards = dict(sorted(SITES.items(), reverse=True))
     turned = engines.run(

@@ -105,6 +105,17 @@ def test_a_private_run_reports_epsilon_of_every_site(tmp_path: Path) -> None:
     assert "one record is added or removed" in card
 
 
+def test_ranks_are_written_into_the_sites_own_files(tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    path.write_text(path.read_text() + "[ranks]\nsouth = 2\n")
+
+    simulate(path, tmp_path / "out")
+
+    north, south = (tmp_path / "out" / "sites" / n / "site.toml" for n in ("north", "south"))
+    assert "max_rank = 2" in south.read_text().splitlines()
+    assert "max_rank" not in north.read_text()
+
+
 def test_without_records_of_the_coordinator_nothing_is_released_and_it_says_why(
     tmp_path: Path,
 ) -> None:
@@ -137,6 +148,11 @@ def test_violations_of_all_sites_are_listed_and_nothing_is_written(tmp_path: Pat
         ("", r"missing required field `run`"),
         ('run = "run.toml"\n[sites]\n', r"\[sites\] is empty"),
         ('run = "run.toml"\nengine = "magic"\n[sites]\na = "a.csv"', r"Invalid enum value 'magic'"),
+        (
+            'run = "run.toml"\n[sites]\na = "a.csv"\n[ranks]\nb = 4\n',
+            r"experiment\.toml: \[ranks\] names 'b', which is not in \[sites\]: .*\['a'\]",
+        ),
+        ('run = "run.toml"\n[sites]\na = "a.csv"\n[ranks]\na = 0\n', "Expected `int` >= 1"),
         ('run = "none.toml"\n[sites]\na = "a.csv"', r"none\.toml: No such file"),
     ],
 )

@@ -26,16 +26,8 @@ from transformers import (
 
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.lora import trainable_parameters
-from anabranch.protocols.config import (
-    Column,
-    Contract,
-    Federation,
-    Lora,
-    Model,
-    RunConfig,
-    Task,
-    TaskKind,
-)
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import Column, Contract, Federation, Lora, Model, Task, TaskKind
 
 MakeConfig = Callable[..., RunConfig]
 SIZES: dict[str, Any] = {

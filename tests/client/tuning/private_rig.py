@@ -16,8 +16,8 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate
 from anabranch.client.tuning.lora import adapt, trainable_parameters
 from anabranch.client.tuning.private import fit_private
-from anabranch.protocols.config import Lora, Training
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.tables import Lora, Training
 
 WIDTH, INNER, LABELS = 5, 7, 3
 SILENT = 1e-30  # a noise multiplier that adds nothing a float32 can hold

@@ -13,8 +13,9 @@ import torch
 from anabranch.client.tuning.bases import load_classifier, minilm_folder
 from anabranch.client.tuning.classifier import weights_digest
 from anabranch.client.tuning.lora import read_adapter
-from anabranch.protocols.config import Lora, RunConfig, TaskKind
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ModelError
+from anabranch.protocols.tables import Lora, TaskKind
 
 MakeConfig = Callable[..., RunConfig]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

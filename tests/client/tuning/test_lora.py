@@ -22,8 +22,9 @@ from anabranch.client.tuning.lora import (
     unmerge,
 )
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.config import Lora, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import IncompatibleAdapter, ModelError
+from anabranch.protocols.tables import Lora
 
 MakeConfig = Callable[..., RunConfig]
 Randomise = Callable[..., None]

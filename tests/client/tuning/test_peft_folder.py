@@ -17,8 +17,9 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.peft_folder import About, read_about, read_peft, write_peft
-from anabranch.protocols.config import Lora, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import AnabranchError, IncompatibleAdapter, ModelError
+from anabranch.protocols.tables import Lora
 
 MakeConfig = Callable[..., RunConfig]
 Randomise = Callable[..., None]

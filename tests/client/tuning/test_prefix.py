@@ -14,7 +14,8 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate, fetch, lengths
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.prefix import PrefixCache
-from anabranch.protocols.config import Lora, RunConfig
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import Lora
 
 MakeConfig = Callable[..., RunConfig]
 Randomise = Callable[..., None]

@@ -20,8 +20,8 @@ from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.examples import Examples, collate
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.randomness import Randomness
-from anabranch.protocols.config import Training
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.tables import Training
 from tests.client.tuning.private_rig import (
     CLIPPINGS,
     LABELS,

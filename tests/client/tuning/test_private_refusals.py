@@ -11,8 +11,8 @@ from anabranch.client.privacy import Spend
 from anabranch.client.tuning import private
 from anabranch.client.tuning.lora import adapt
 from anabranch.client.tuning.private import require_as_planned, require_trained
-from anabranch.protocols.config import Lora, Training
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.tables import Lora, Training
 from tests.client.tuning.private_rig import (
     INNER,
     SGD,
@@ -174,4 +174,4 @@ def test_a_product_of_rank_zero_is_refused() -> None:
     after = {a: torch.eye(2, 5), b: torch.zeros(7, 2)}
 
     with pytest.raises(PrivacyError, match="B · A of layer has rank 0"):
-        require_trained(after, before, gradients=True)
+        require_trained(after, before, gradients=True, factors=after)

@@ -6,8 +6,9 @@ import torch
 
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.examples import collate
-from anabranch.protocols.config import Lora, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import DataError, ModelError
+from anabranch.protocols.tables import Lora
 
 MakeConfig = Callable[..., RunConfig]
 Randomise = Callable[..., None]

@@ -10,8 +10,9 @@ from transformers import AutoModel
 from anabranch.client.tuning.bases import load_classifier, minilm_folder
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import collate
-from anabranch.protocols.config import Lora, RunConfig
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ModelError
+from anabranch.protocols.tables import Lora
 
 MakeConfig = Callable[..., RunConfig]
 Randomise = Callable[..., None]

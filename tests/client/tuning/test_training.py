@@ -19,8 +19,9 @@ from anabranch.client.tuning.training import (
     predict,
     steps_per_round,
 )
-from anabranch.protocols.config import RunConfig, Training
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import RunError
+from anabranch.protocols.tables import Training
 from tests.runs import table_run
 
 
@@ -33,7 +34,7 @@ def problem(config: RunConfig, n: int = 24) -> tuple[Classifier, Examples]:
     return classifier, Examples(features, labels)
 
 
-def train(config: RunConfig, **options: float) -> tuple[Classifier, Examples, float]:
+def train(config: RunConfig, *, proximal_mu: float = 0.0) -> tuple[Classifier, Examples, float]:
     classifier, examples = problem(config)
     steps = steps_per_round(len(examples), config.training)
     done = fit(
@@ -43,7 +44,7 @@ def train(config: RunConfig, **options: float) -> tuple[Classifier, Examples, fl
         steps=steps,
         schedule=Schedule(total_steps=steps),
         seed=5,
-        **options,
+        proximal_mu=proximal_mu,
     )
     return classifier, examples, done.loss
 

@@ -20,8 +20,8 @@ from anabranch.client.tuning.text import TextClassifier
 from anabranch.client.tuning.vision import ImageClassifier
 from anabranch.edge.export import onnx as export
 from anabranch.edge.runtime.classify import load_session
-from anabranch.protocols.config import Lora, Model
 from anabranch.protocols.errors import ModelError, ReleaseError
+from anabranch.protocols.tables import Lora, Model
 
 Make = Callable[..., Classifier]
 KINDS = ["text", "image", "tabular", "logistic"]

@@ -1,0 +1,198 @@
+"""The tables of run.toml, one struct each; protocols/config.py puts them together.
+
+Durations are seconds, sizes are bytes; a field's name says which. What single fields cannot
+say is checked where the whole file is known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from anabranch.protocols.codecs.codec import CodecName
+from anabranch.protocols.errors import ConfigError
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
+
+TaskKind = Literal["text-classification", "image-classification", "tabular-classification"]
+Device = Literal["cpu", "cuda"]
+ColumnType = Literal["text", "image", "number", "category", "label"]
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[task]: what is predicted."""
+
+    kind: TaskKind
+    labels: Annotated[tuple[str, ...], msgspec.Meta(min_length=2)]  # order = index of the logit
+
+
+class Column(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One column of the data contract."""
+
+    type: ColumnType
+    optional: bool = False  # an empty cell is allowed (number: `mean`; category: none of values)
+    min: float | None = None  # numbers only
+    max: float | None = None
+    values: tuple[str, ...] = ()  # categories only: the closed set of values
+    mean: float = 0.0  # numbers only: x -> (x − mean) / std, fixed in advance so that
+    std: Positive = 1.0  # no statistic of the records is released
+
+
+class Contract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[data]: what every site's records must look like, checked before anything trains."""
+
+    columns: dict[str, Column]
+    min_rows: Count = 1
+    max_characters: Count = 20_000  # per text cell
+    forbidden: tuple[str, ...] = ()  # columns that must not be in the file at all
+
+    def column(self, kind: ColumnType) -> str:
+        """Return the name of the only column of a type; raise ConfigError if not exactly one."""
+        names = [name for name, column in self.columns.items() if column.type == kind]
+        if len(names) != 1:
+            raise ConfigError(
+                f"data.columns: expected exactly one column of type {kind!r}, got {names or 'none'}"
+            )
+        return names[0]
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[model]: the frozen base."""
+
+    base: str  # "minilm", "vit", "mlp", "logistic", a local folder, or a hub id
+    revision: str | None = None  # commit hash; required for a hub id
+    pooling: Literal["mean", "cls"] = "mean"  # text: tokens -> one vector
+    max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 64
+    hidden: tuple[Count, ...] = (32,)  # mlp: widths of the hidden layers
+    image_size: Annotated[int, msgspec.Meta(ge=8, le=32)] = 8  # vit: pixels per side
+    channels: Literal[1, 3] = 1
+    patch: Annotated[int, msgspec.Meta(ge=2, le=8)] = 2
+    width: Annotated[int, msgspec.Meta(ge=8)] = 64
+    depth: Count = 4
+    heads: Count = 4
+
+
+class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[lora]: what is trained. Rank 0 trains the head (and modules_to_save) alone."""
+
+    rank: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 8
+    alpha: Positive = 16.0
+    targets: tuple[str, ...] = ("query", "value")  # last components of nn.Linear names, or globs
+    layers: Annotated[str, msgspec.Meta(pattern=r"^(all|last:[1-9][0-9]*)\Z")] = "all"
+    modules_to_save: tuple[str, ...] = ()  # globs of modules trained in full, beside the head
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[training]: one client's local work in one round."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-3
+    head_learning_rate: Positive | None = None  # None: learning_rate
+    weight_decay: NotNegative = 0.0
+    momentum: Share = 0.9  # sgd only
+    batch_size: Count = 32  # private training: the expected batch, q = batch_size / n
+    local_epochs: Count = 1  # ignored by private training, which counts steps
+    local_steps: Count | None = None  # overrides local_epochs; required with [privacy]
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the whole run
+    warmup: Share = 0.0  # share of the run's steps
+    max_grad_norm: Positive | None = 1.0  # None: no clipping; not used by private training
+    class_weights: Literal["none", "balanced"] | tuple[Positive, ...] = "none"
+    holdout: Share = 0.0  # share of each site's records kept for evaluation
+    cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30  # frozen-prefix activations
+
+
+Method = Literal[
+    "fedavg", "ffa", "rolora", "altqr", "fedex", "flora", "flexlora", "hetlora", "fedsa"
+]
+ONE_FACTOR = frozenset({"ffa", "rolora", "altqr", "fedsa"})  # clients send A or B, never both
+RESIDUAL = frozenset({"fedex", "flora"})  # an extra adapter holds what the factors cannot
+BUFFERED = frozenset({"fedavg", "ffa", "fedsa"})  # a late delta still fits
+REGAUGED = frozenset({"altqr", "fedex", "flora", "flexlora"})  # factors change between rounds
+
+
+class Federation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[federation]: the rounds."""
+
+    rounds: Count
+    method: Method = "fedavg"
+    absent_ranks: Literal["zero", "skip"] = "zero"  # fedavg: what a client of lower rank counts as
+    residual_rank: Count | None = None  # fedex, flora: rank of the extra adapter; None: lora.rank
+    normalize_steps: bool = False  # FedNova: unequal local steps count the same
+    buffer: Count | None = None  # FedBuff: merge as soon as so many deltas are there; None: rounds
+    proximal_mu: NotNegative = 0.0  # FedProx: + mu/2 · ‖w − w_t‖²; 0 is FedAvg
+    weighting: Literal["examples", "uniform"] = "examples"
+    cohort: Count | None = None  # clients asked per round; None: all that are connected
+    quorum: Count = 1  # deltas needed for a round to count
+    deadline_s: Positive = 3600.0  # per round
+    early_stopping: Count | None = None  # stop after so many rounds without a better evaluation
+    evaluate_every: Count = 1  # rounds; the last one is always evaluated
+    client_evaluation: bool = True  # ask clients for held-out metrics (needs training.holdout)
+
+
+class Server(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[server]: an optimiser on the mean delta; without this table the mean is added as it is."""
+
+    optimizer: Literal["momentum", "adam", "yogi", "adagrad"] = "adam"
+    learning_rate: Positive
+    head_learning_rate: Positive | None = None  # None: learning_rate
+    beta1: Share = 0.9  # momentum uses this one alone
+    beta2: Share = 0.99
+    tau: Positive = 1e-8
+    bias_correction: bool = False  # adam: Kingma and Ba's; the FedAdam paper leaves it out
+    schedule: Literal["constant", "linear"] = "constant"  # over the run's rounds
+
+
+class Robust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[robust]: what takes the place of the mean. Every client counts the same."""
+
+    rule: Literal[
+        "norm-clipping",
+        "median",
+        "trimmed-mean",
+        "krum",
+        "multi-krum",
+        "geometric-median",
+        "centred-clipping",
+    ]
+    byzantine: Annotated[int, msgspec.Meta(ge=0)] | None = None  # f; krum, multi-krum: required
+    trim: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] = 0.2  # trimmed-mean: cut at each end
+    clipping_norm: Positive | None = None  # the clippings; None: median norm of the round
+    iterations: Count = 8  # geometric-median, centred-clipping
+
+
+class Uplink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[uplink]: how deltas are written on their way to the coordinator."""
+
+    codec: CodecName = "fp32"
+    keep: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.1  # top-k: share of the values sent
+    error_feedback: bool = False  # what the codec left out is added to the next delta
+
+
+class Personal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[personal]: what a site trains for itself and never sends."""
+
+    head: Literal["shared", "local"] = "shared"  # local: every site keeps a head of its own
+    rank: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0  # of a private adapter beside the shared
+    pull: NotNegative = 0.1  # Ditto's lambda: towards the shared model
+    local_epochs: Count = 1  # of the private adapter, in every round
+
+
+class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[privacy]: record-level (ε, δ) for the whole run, per site, add/remove one record."""
+
+    epsilon: Positive
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=0.1)] | None = None  # None: 1 / (10 n)
+    clipping: Literal["flat", "automatic"] = "flat"  # automatic: AUTO-S, g · C / (‖g‖ + 0.01)
+    clipping_norm: Positive = 1.0  # C
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[release]: what is made of the best adapter."""
+
+    int8_tolerance: Share = 0.01  # accuracy the int8 model may lose against fp32

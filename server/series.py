@@ -1,0 +1,96 @@
+"""From the results of runs to what the report draws and summary.json lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from anabranch.protocols.config import RunConfig
+from anabranch.server.result import Result, RoundReport
+
+Histories = Mapping[str, Sequence[RoundReport]]  # series -> its rounds
+PER_SITE = {"shared": "accuracy", "personal": "personal_accuracy"}  # kind -> metric
+
+
+def aggregation_of(config: RunConfig) -> dict[str, str]:
+    """Return what decided how deltas travelled and were merged: name -> value."""
+    federation, uplink = config.federation, config.uplink
+    feedback = ", error feedback" if uplink.error_feedback else ""
+    share = f", {uplink.keep:g} of the values" if uplink.codec == "top-k" else ""
+    return {
+        "method": federation.method,
+        "merged": "every round's cohort"
+        if federation.buffer is None
+        else f"as soon as {federation.buffer} deltas are there",
+        "weights": _weights(config),
+        "robust rule": "none" if config.robust is None else config.robust.rule,
+        "server optimiser": "none" if config.server is None else config.server.optimizer,
+        "codec": f"{uplink.codec}{share}{feedback}",
+        "kept at the sites": _kept(config),
+    }
+
+
+def site_accuracy(result: Result) -> dict[str, dict[str, float]]:
+    """Return "shared" (and "personal") -> site -> accuracy in the last evaluation by the sites.
+
+    "personal" is that of the site's own adapter beside the shared one ([personal] rank). Empty
+    if no site evaluated.
+    """
+    last = next((r.evaluated for r in reversed(result.history) if r.evaluated), {})
+    found = {
+        kind: {site: e.metrics[name] for site, e in sorted(last.items()) if name in e.metrics}
+        for kind, name in PER_SITE.items()
+    }
+    return {kind: values for kind, values in found.items() if values}
+
+
+def site_bars(results: Mapping[str, Result]) -> dict[str, dict[str, float]]:
+    """Return series -> site -> accuracy, of every run whose sites evaluated.
+
+    A run whose sites have private adapters, too, has the series "shared" and "personal".
+    """
+    bars: dict[str, dict[str, float]] = {}
+    for name, result in results.items():
+        found = site_accuracy(result)
+        prefix = f"{name}, " if len(results) > 1 else ""
+        for kind, values in found.items():
+            bars[name if "personal" not in found else prefix + kind] = values
+    return bars
+
+
+def metric_curves(histories: Histories, metric: str) -> dict[str, dict[int, float]]:
+    """Return series -> round -> metric, the coordinator's or else the sites' mean."""
+    curves = {
+        name: {
+            r.round: value
+            for r in history
+            if (value := r.coordinator.get(metric, r.client.get(metric))) is not None
+        }
+        for name, history in histories.items()
+    }
+    return {name: curve for name, curve in curves.items() if curve}
+
+
+def error_curves(histories: Histories) -> dict[str, dict[int, float]]:
+    """Return series -> round -> relative error of aggregation, where it is known."""
+    curves = {
+        name: {r.round: r.aggregation_error for r in history if r.aggregation_error is not None}
+        for name, history in histories.items()
+    }
+    return {name: curve for name, curve in curves.items() if curve}
+
+
+def _weights(config: RunConfig) -> str:
+    if config.federation.method == "hetlora":
+        return "by norm"
+    equal = config.robust is not None or config.federation.weighting == "uniform"
+    return "equal" if equal else "by examples"
+
+
+def _kept(config: RunConfig) -> str:
+    if config.federation.method == "fedsa":
+        return "B of every layer" + (", the head" if config.personal.head == "local" else "")
+    if config.personal.head == "local":
+        return "the head"
+    if config.personal.rank:
+        return f"a private adapter of rank {config.personal.rank}"
+    return "nothing"
