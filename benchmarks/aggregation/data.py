@@ -16,6 +16,7 @@ Partitions of n training records among K clients:
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ class Records:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the texts, in their order."""
+        return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+
+    def first(self, count: int) -> Records:
+        """Return the first `count` records."""
+        return Records(self.texts[:count], self.labels[:count], self.sources[:count])
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -72,6 +81,12 @@ def load(name: str) -> Corpus:
     """Return a corpus by name: "sst2" or "medquad"."""
     loaders: Mapping[str, Callable[[Path], Corpus]] = {"sst2": sst2, "medquad": medquad}
     return loaders[name](folder() / name)
+
+
+def shortened(corpus: Corpus, count: int) -> Corpus:
+    """Return the first `count` records of each part: for quick runs."""
+    parts = (corpus.train, corpus.validation, corpus.test)
+    return Corpus(corpus.name, corpus.labels, *(part.first(count) for part in parts))
 
 
 def sst2(at: Path) -> Corpus:

@@ -102,20 +102,19 @@ class Prepared:
     held: dict[str, Examples]  # "validation" and "test"
 
 
-def prepare(name: str, cache: Path) -> Prepared:
+def prepare(corpus: data.Corpus, cache: Path) -> Prepared:
     """Return a corpus ready for use; features are computed into `cache` if they are not there."""
-    corpus = data.load(name)
     source = model.whole(corpus)
     parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     cached = {
-        part: model.features(source, records, cache / f"{name}-{part}.npy")
+        part: model.features(source, records, cache / f"{corpus.name}-{records.digest()[:16]}.npy")
         for part, records in parts.items()
     }
     held = {part: model.examples(cached[part], parts[part]) for part in ("validation", "test")}
     return Prepared(corpus, source, cached["train"], held)
 
 
-def config_for(cell: Cell, corpus: data.Corpus, rate: float, rounds: int = ROUNDS) -> RunConfig:
+def config_for(cell: Cell, labels: tuple[str, ...], rate: float, rounds: int = ROUNDS) -> RunConfig:
     """Return the run.toml of a cell."""
     method, _, absent = cell.rule.partition("-")
     private = cell.epsilon > 0
@@ -124,7 +123,7 @@ def config_for(cell: Cell, corpus: data.Corpus, rate: float, rounds: int = ROUND
     if method in RESIDUAL:
         federation["residual_rank"] = EXTRA_RANK
     return msgspec.structs.replace(
-        model.config_for(corpus, lora),
+        model.config_for(cell.dataset, labels, lora),
         federation=Federation(rounds=rounds, client_evaluation=False, **federation),
         training=Training(
             learning_rate=rate,
@@ -149,7 +148,7 @@ def federate(
 ) -> Outcome:
     """Run one federation; `tamper` turns what a client trained into what it sends."""
     started = time.process_time()
-    config = config_for(cell, prepared.corpus, rate, rounds)
+    config = config_for(cell, prepared.corpus.labels, rate, rounds)
     config = msgspec.structs.replace(config, robust=robust, uplink=uplink)
     rule = rule_for(config)
     classifier = model.classifier(prepared.source, config.adapter, cell.seed)

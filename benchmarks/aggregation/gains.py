@@ -22,7 +22,7 @@ from anabranch.protocols.config import RunConfig
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import Method
 from anabranch.server.aggregation.choose import rule_for
-from benchmarks.aggregation.federation import RANK, Outcome
+from benchmarks.aggregation.federation import RANK, Cell, Outcome
 from benchmarks.aggregation.grid import DATASETS, Job
 from benchmarks.aggregation.model import INNER, TARGET, WIDTH
 from benchmarks.aggregation.tables import OURS, TITLES, Situation, interval, paired, units
@@ -87,7 +87,7 @@ def _gains(
     return rows
 
 
-def _bytes(rows: Mapping[object, Outcome]) -> float:
+def _bytes(rows: Mapping[Cell, Outcome]) -> float:
     return statistics.mean(outcome.uplink_bytes for outcome in rows.values())
 
 
@@ -119,7 +119,7 @@ def uplink(config: RunConfig) -> list[Figure]:
 def _sizes(config: RunConfig, labels: int | None) -> dict[str, float]:
     """Return AltQR / FedIT in values and in bytes (int8 / fp32), frames of two rounds."""
     ours, theirs = (
-        _two_rounds(config, OURS, "int8", labels),
+        _two_rounds(config, "altqr", "int8", labels),
         _two_rounds(config, "fedavg", "fp32", labels),
     )
     return {"floats": ours[0] / theirs[0], "int8": ours[1] / theirs[1]}

@@ -93,7 +93,7 @@ def block(
                     clients=NATURAL_CLIENTS if natural else count,
                     partition=partition,
                     epsilon=epsilon,
-                    ranks=ranks,  # type: ignore[arg-type]
+                    ranks=ranks,
                     rule=rule,
                     seed=seed,
                 )
@@ -103,23 +103,30 @@ def block(
     return cells
 
 
+TELLING = ("dirichlet-0.5", "natural")
+EVERYWHERE = (*SYNTHETIC, "natural")
+
+
+def first() -> list[Cell]:
+    """Return what is run before anything else: ten clients, all rules; then with privacy."""
+    return block((10,), TELLING) + block((10,), TELLING, epsilon=8.0, only=PRIVATE)
+
+
 def plan() -> list[Cell]:
     """Return every cell of the table, the most telling ones first."""
-    telling, everywhere = ("dirichlet-0.5", "natural"), (*SYNTHETIC, "natural")
     blocks = [
-        block((10,), telling),
-        block((10,), telling, epsilon=8.0, only=PRIVATE),
-        block((10,), everywhere),
-        block((10,), telling, head="trained", only=TRAINED),
+        first(),
+        block((10,), EVERYWHERE),
+        block((10,), TELLING, head="trained", only=TRAINED),
         block((50,), ("dirichlet-0.5",)),
         block((4,), ("dirichlet-0.5",)),
-        block((10,), telling, epsilon=3.0, only=PRIVATE),
+        block((10,), TELLING, epsilon=3.0, only=PRIVATE),
         block((50, 4), ("dirichlet-0.1", "iid")),
-        block((10,), everywhere, epsilon=8.0, only=PRIVATE),
-        block((10,), everywhere, epsilon=3.0, only=PRIVATE),
-        block((10,), everywhere, head="trained"),
-        block((10,), everywhere, epsilon=8.0),
-        block((10,), everywhere, epsilon=3.0),
+        block((10,), EVERYWHERE, epsilon=8.0, only=PRIVATE),
+        block((10,), EVERYWHERE, epsilon=3.0, only=PRIVATE),
+        block((10,), EVERYWHERE, head="trained"),
+        block((10,), EVERYWHERE, epsilon=8.0),
+        block((10,), EVERYWHERE, epsilon=3.0),
         block((50, 4), SYNTHETIC, epsilon=8.0),
         block((50, 4), SYNTHETIC, epsilon=3.0),
     ]

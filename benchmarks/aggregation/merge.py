@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.spec import LORA_A, LORA_B, AdapterSpec
 from anabranch.server.aggregation.mean import weighted_mean
-
 from benchmarks.harness import Figure, alternate, header, options, ratio, report
 
 RANK, WIDTH, LAYERS = 16, 4096, 8

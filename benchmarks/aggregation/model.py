@@ -18,7 +18,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ class LastMatrix(Classifier):
         place = base
         for name in LAYER.split("."):
             place.add_module(name, nn.Module())
-            place = cast(nn.Module, place.get_submodule(name))
+            place = place.get_submodule(name)
         layer = whole.base.get_submodule(LAYER)
         place.add_module("dense", layer.get_submodule("dense"))
         place.add_module("LayerNorm", layer.get_submodule("LayerNorm"))
@@ -93,13 +92,13 @@ class LastMatrix(Classifier):
         raise NotImplementedError("features of this classifier come from `features`")
 
 
-def config_for(corpus: Corpus, lora: Lora) -> RunConfig:
-    """Return the run whose model is MiniLM on this corpus."""
+def config_for(dataset: str, labels: tuple[str, ...], lora: Lora) -> RunConfig:
+    """Return the run whose model is MiniLM on this data set."""
     return RunConfig(
         name="aggregation",
-        task=Task(kind="text-classification", labels=corpus.labels),
+        task=Task(kind="text-classification", labels=labels),
         data=Contract(columns={"text": Column(type="text"), "label": Column(type="label")}),
-        model=Model(base="minilm", max_tokens=MAX_TOKENS[corpus.name]),
+        model=Model(base="minilm", max_tokens=MAX_TOKENS[dataset]),
         federation=Federation(rounds=1),
         lora=lora,
     )
@@ -107,7 +106,7 @@ def config_for(corpus: Corpus, lora: Lora) -> RunConfig:
 
 def whole(corpus: Corpus) -> TextClassifier:
     """Return the product's classifier, not adapted."""
-    classifier = load_classifier(config_for(corpus, Lora(rank=0)))
+    classifier = load_classifier(config_for(corpus.name, corpus.labels, Lora(rank=0)))
     assert isinstance(classifier, TextClassifier)  # the task is text
     return classifier
 

@@ -13,6 +13,7 @@ What is compared and how: docs/benchmarks/aggregation.md. Figures:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import sys
@@ -21,40 +22,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")  # two workers: more threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # two workers: more threads would wait for each other
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import torch
 
 from benchmarks.aggregation import data, exactness, gains, merge, plots, robustness, runner, tables
-from benchmarks.aggregation.federation import Cell, Outcome, Prepared, config_for, federate, prepare
-from benchmarks.aggregation.grid import SEEDS, Job, Variant, plan
+from benchmarks.aggregation.federation import Outcome, Prepared, config_for, federate, prepare
+from benchmarks.aggregation.grid import SEEDS, Job, Variant, first, plan
 from benchmarks.harness import ROOT, Figure, header, report, write_between_markers
 
 PACKAGES = ("torch", "opacus", "transformers", "numpy")
 PAGE = ROOT / "docs" / "benchmarks" / "aggregation.md"
 IMAGES = ROOT / "docs" / "images"
 WORKERS = 2
+LABELS = 15  # question types of MedQuAD
 QUICK_RECORDS, QUICK_ROUNDS, QUICK_RATE = 400, 6, 1e-2
 
 
 def figures(results: dict[Job, Outcome], quick: bool, partition: str = "iid") -> list[Figure]:
     """Return every figure that the results allow, and those that need none."""
-    a_config = config_for(robustness.cell("iid", SEEDS[0]), _names("medquad"), 1e-2)
+    labels = tuple(f"type {i}" for i in range(LABELS))
+    config = config_for(robustness.cell("iid", SEEDS[0]), labels, rate=1e-2)
     return [
         *exactness.figures(quick),
         *merge.figures(quick),
         *gains.mixed_ranks(results),
-        *gains.uplink(a_config),
+        *gains.uplink(config),
         *gains.int8_loss(robustness.codec_losses(results)),
         *robustness.figures(results, partition),
     ]
-
-
-def _names(name: str) -> data.Corpus:
-    """Return a corpus without records: what a configuration needs of it."""
-    none = data.Records((), data.np.zeros(0, data.np.int64), ())
-    return data.Corpus(name, tuple(f"type {i}" for i in range(15)), none, none, none)
 
 
 def quick_results(cache: Path) -> dict[Job, Outcome]:
@@ -62,10 +59,9 @@ def quick_results(cache: Path) -> dict[Job, Outcome]:
     corpus = data.shortened(data.load("medquad"), QUICK_RECORDS)
     prepared = prepare(corpus, cache)
     seed = SEEDS[0]
-    jobs = [
-        Job(Cell(**{**_common("mixed", seed), "rule": rule}))
-        for rule in ("fedavg", "fedavg-skip", "altqr", "flexlora")
-    ]
+    mixed = dataclasses.replace(robustness.cell("dirichlet-0.5", seed), ranks="mixed")
+    compared = ("fedavg", "fedavg-skip", "altqr", "flexlora")
+    jobs = [Job(dataclasses.replace(mixed, rule=rule)) for rule in compared]
     at = robustness.cell("iid", seed)
     jobs += [Job(at), Job(at, Variant(codec="int8"))]
     jobs += [
@@ -73,18 +69,6 @@ def quick_results(cache: Path) -> dict[Job, Outcome]:
         for robust, attack in itertools.product(("mean", *robustness.RULES), robustness.FACTORS)
     ]
     return {job: _quick(prepared, job) for job in jobs}
-
-
-def _common(ranks: str, seed: int) -> dict[str, object]:
-    return {
-        "dataset": "medquad",
-        "head": "fixed",
-        "clients": 10,
-        "partition": "dirichlet-0.5",
-        "epsilon": 0.0,
-        "ranks": ranks,
-        "seed": seed,
-    }
 
 
 def _quick(prepared: Prepared, job: Job) -> Outcome:
@@ -96,8 +80,8 @@ def write_page(folder: Path) -> None:
     """Write tables and drawings from the files in `folder`; figures are written by all.py."""
     results = runner.read_results(folder)
     for name, text in (
+        ("decisions", tables.decisions(results)),
         ("summaries", tables.summaries(results)),
-        ("secure", tables.secure(results)),
         ("bytes", tables.equal_bytes(results)),
         ("robust", tables_of_attacks(results)),
         ("rates", tables.rates_table(runner.read_rates(folder))),
@@ -148,17 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif chosen.quick:
             results = quick_results(cache)
         elif not chosen.tables:
-            jobs = [*map(Job, plan()[:FIRST]), *robustness.jobs(), *map(Job, plan()[FIRST:])]
-            runner.run(
-                jobs, cache, runner.FOLDER, workers=WORKERS, seconds=60 * chosen.minutes
-            )
+            jobs = list(dict.fromkeys([*map(Job, first()), *robustness.jobs(), *map(Job, plan())]))
+            runner.run(jobs, cache, runner.FOLDER, workers=WORKERS, seconds=60 * chosen.minutes)
             results = runner.read_results(runner.FOLDER)
     found = figures(results, chosen.quick)
     if not chosen.quick:
         write_page(runner.FOLDER)
-    head = header(
-        "aggregation", packages=PACKAGES, threads=1, seed=SEEDS[0], quick=chosen.quick
-    )
+    head = header("aggregation", packages=PACKAGES, threads=1, seed=SEEDS[0], quick=chosen.quick)
     report(head, found, chosen.json)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from anabranch.protocols.errors import IncompatibleAdapter, PrivacyError, RunError
+from benchmarks.aggregation import data
 from benchmarks.aggregation.federation import Cell, Outcome, Prepared, federate, prepare
 from benchmarks.aggregation.grid import (
     PLAIN,
@@ -119,7 +120,7 @@ def work(task: Task, cache: Path) -> Outcome:
     torch.set_num_threads(1)
     cell = task.job.cell
     if cell.dataset not in _PREPARED:
-        _PREPARED[cell.dataset] = prepare(cell.dataset, cache)
+        _PREPARED[cell.dataset] = prepare(data.load(cell.dataset), cache)
     try:
         return federate(
             _PREPARED[cell.dataset],

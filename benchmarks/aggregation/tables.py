@@ -37,6 +37,8 @@ COLUMNS = (
     (50, "dirichlet-0.5"),
     (50, "dirichlet-0.1"),
 )
+# The coordinator needs no more than one weighted sum: what secure aggregation computes.
+LINEAR = ("fedavg", "fedavg-skip", "altqr", "rolora", "ffa")
 NAMES = {
     "fedavg": "FedIT (fedavg, absent ranks zero)",
     "fedavg-skip": "FedIT (fedavg, absent ranks skipped)",
@@ -165,7 +167,7 @@ def _most_shared(found: Mapping[str, Units], names: Sequence[str]) -> list[Cell]
 
 
 def _mean(rows: Units, common: Sequence[Cell], name: str) -> float:
-    return statistics.mean(getattr(rows[unit], name) for unit in common)
+    return float(statistics.mean(getattr(rows[unit], name) for unit in common))
 
 
 def _described(common: Iterable[Cell]) -> str:
@@ -180,13 +182,47 @@ def _described(common: Iterable[Cell]) -> str:
     )
 
 
+def decisions(results: Results) -> str:
+    """Return, per situation, who is best among all rules and among linear ones, as Markdown."""
+    lines = [
+        "| situation | units | best of all | AltQR minus best [95 %] | AltQR wins or ties "
+        "| best linear rule | AltQR minus best linear [95 %] | AltQR wins or ties |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for situation in SITUATIONS:
+        found = units(results, situation.of)
+        if OURS not in found:
+            lines.append(f"| {situation.title} | not run | | | | | | |")
+            continue
+        common = _most_shared(found, list(found))
+        among = [rule for rule in found if all(unit in found[rule] for unit in common)]
+        cells = [situation.title, str(len(common))]
+        for chosen in (among, [rule for rule in among if rule in LINEAR]):
+            cells += _verdict(found, common, chosen)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _verdict(found: Mapping[str, Units], common: Sequence[Cell], among: Sequence[str]) -> list[str]:
+    """Return [best rule, AltQR minus best, whether that is a win or a tie]."""
+    best = max(among, key=lambda rule: _mean(found[rule], common, "accuracy"))
+    if best == OURS:
+        others = [rule for rule in among if rule != OURS]
+        second = max(others, key=lambda rule: _mean(found[rule], common, "accuracy"))
+        lead = paired({unit: found[OURS][unit] for unit in common}, found[second])
+        return [NAMES[OURS], f"{signed(lead)} over {NAMES[second]}", "**yes**"]
+    gap = paired({unit: found[OURS][unit] for unit in common}, found[best])
+    mean, half = interval(gap)
+    return [NAMES[best], signed(gap), "**yes**" if -mean <= half else "**no**"]
+
+
 def grid_table(results: Results, situation: Situation, dataset: str) -> str:
     """Return accuracy mean ± standard deviation over seeds, rules by partitions, as Markdown."""
     columns = [c for c in COLUMNS if dataset == "medquad" or c[1] != "natural"]
     found = units(results, lambda cell: situation.of(cell) and cell.dataset == dataset)
     if not found:
         return f"{TITLES[dataset]}, {situation.title}: not run."
-    texts = {rule: [] for rule in rules(situation.ranks)}  # type: dict[str, list[str]]
+    texts: dict[str, list[str]] = {rule: [] for rule in rules(situation.ranks)}
     for clients, partition in columns:
         at = {
             rule: {

@@ -104,7 +104,6 @@ class Sum:
         if (part.factors, part.dense) != (self._part.factors, self._part.dense):
             raise IncompatibleAdapter(f"delta is of {part}, expected {self._part}")
         whole = part.ranks is None or len(part.ranks) == delta.spec.rank
-        self._fold.fit(weight * scale)
         if self._exact or not whole:
             self._add_exactly(delta, weight * scale)
         else:
@@ -125,8 +124,9 @@ class Sum:
         weights: dict[str, NDArray[np.float64]] = {}
         for _, a, b in spec.factors():
             weights[a], weights[b] = columns[:, None], columns[None, :]
+        every = np.full((), self._weight)
         for name, total in self._total.items():
-            yield name, total * (factor * self._fold.unit / weights.get(name, np.float64(self._weight)))
+            yield name, total * (factor * self._fold.unit / weights.get(name, every))
 
     def delta(self, factor: float = 1.0) -> Delta:
         """Return the mean in float32; IncompatibleAdapter if it does not fit."""
@@ -161,7 +161,7 @@ class _Fold:
     """Adds weighted float32 arrays into float64 totals, FOLD · FOLD at a time.
 
     Weights and totals are in units of a power of two, at least FOLD · FOLD times the largest
-    weight so far: no float32 sum can overflow, and a new unit costs no precision.
+    weight added here so far: no float32 sum can overflow, and a new unit costs no precision.
     """
 
     def __init__(self, total: dict[str, NDArray[np.float64]]) -> None:
@@ -171,11 +171,13 @@ class _Fold:
         self._outer = [np.empty(block.shape, np.float32) for block in self._total]
         product = np.empty(max(block.size for block in self._total), np.float32)
         self._product = [product[: b.size].reshape(b.shape) for b in self._total]
-        self._count, self.unit = 0, 0.0
+        self._count, self.unit = 0, 2.0**-500  # below every weight
 
     def add(self, arrays: Arrays, weight: float) -> None:
         if self._count == FOLD * FOLD:
             self.flush()
+        if weight * FOLD * FOLD > self.unit:
+            self._grow(weight * FOLD * FOLD)
         factor = np.float32(weight / self.unit)
         places = zip(self._places, self._inner, self._product, strict=True)
         if self._count % FOLD == 0:
@@ -198,12 +200,10 @@ class _Fold:
                 np.add(total, outer, total)
         self._count = 0
 
-    def fit(self, weight: float) -> None:
-        """Take a larger unit if this weight needs one; before every use of the totals."""
-        if weight * FOLD * FOLD <= self.unit:
-            return
+    def _grow(self, least: float) -> None:
+        """Take the smallest power of two >= `least` as the unit."""
         self.flush()
-        unit = 2.0 ** math.ceil(math.log2(weight * FOLD * FOLD))
+        unit = 2.0 ** math.ceil(math.log2(least))
         for total in self._total:
             total *= self.unit / unit
         self.unit = unit
