@@ -168,6 +168,12 @@ def _check_method(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.quorum: {federation.quorum} deltas from a buffer of {federation.buffer}"
         )
+    if federation.normalize_steps and method not in ONE_FACTOR | {"fedavg"}:
+        raise ConfigError(
+            f'federation.normalize_steps does not go with federation.method = "{method}": it '
+            "normalises deltas, and this method adds products. Leave it out, or take "
+            '"fedavg", "ffa", "rolora", "altqr" or "fedsa"'
+        )
     if federation.residual_rank is not None and method not in RESIDUAL:
         raise ConfigError(f'federation.residual_rank is for "fedex" and "flora", not "{method}"')
     if federation.absent_ranks != "zero" and method != "fedavg":

@@ -22,7 +22,7 @@ import numpy as np
 
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.tables import Robust, Uplink
-from benchmarks.aggregation.federation import Cell, Outcome, Tamper
+from benchmarks.aggregation.federation import ROUNDS, Cell, Outcome, Tamper
 from benchmarks.aggregation.grid import PLAIN, SEEDS, Job, Variant
 from benchmarks.harness import Figure
 
@@ -78,6 +78,7 @@ def options(variant: Variant) -> dict[str, Any]:
     return {
         "robust": RULES.get(variant.robust),
         "uplink": Uplink(codec=variant.codec),  # type: ignore[arg-type]
+        "rounds": ROUNDS // 2 if variant.rounds == "half" else ROUNDS,
         "tamper": attack(FACTORS.get(variant.attack, 1.0)),
     }
 

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.aggregation import data, exactness, gains, merge, plots, robustness, runner, tables
 from benchmarks.aggregation.federation import Outcome, Prepared, config_for, federate, prepare
-from benchmarks.aggregation.grid import SEEDS, Job, Variant, first, plan
+from benchmarks.aggregation.grid import SEEDS, Job, Variant, first, halved, plan
 from benchmarks.harness import ROOT, Figure, header, report, write_between_markers
 
 PACKAGES = ("torch", "opacus", "transformers", "numpy")
@@ -54,6 +54,12 @@ def figures(results: dict[Job, Outcome], quick: bool, partition: str = "iid") ->
     ]
 
 
+def queue() -> list[Job]:
+    """Return everything that is to be run, the most telling first."""
+    jobs = [*map(Job, first()), *robustness.jobs(), *halved(), *map(Job, plan())]
+    return list(dict.fromkeys(jobs))
+
+
 def quick_results(cache: Path) -> dict[Job, Outcome]:
     """Return the federations that the figures need, on a few hundred answers."""
     corpus = data.shortened(data.load("medquad"), QUICK_RECORDS)
@@ -72,8 +78,8 @@ def quick_results(cache: Path) -> dict[Job, Outcome]:
 
 
 def _quick(prepared: Prepared, job: Job) -> Outcome:
-    options = robustness.options(job.variant)
-    return federate(prepared, job.cell, QUICK_RATE, rounds=QUICK_ROUNDS, **options)
+    options = {**robustness.options(job.variant), "rounds": QUICK_ROUNDS}
+    return federate(prepared, job.cell, QUICK_RATE, **options)
 
 
 def write_page(folder: Path) -> None:
@@ -105,14 +111,9 @@ def tables_of_attacks(results: dict[Job, Outcome]) -> str:
 
 def progress(results: dict[Job, Outcome]) -> str:
     """Return how much of the plan was run."""
-    cells = plan()
-    done = sum(Job(cell) in results for cell in cells)
-    others = robustness.jobs()
-    also = sum(job in results for job in others)
-    return (
-        f"{done} of {len(cells)} planned federations were run, and {also} of {len(others)} for "
-        "attacks and int8. The others are shown as not run."
-    )
+    jobs = queue()
+    done = sum(job in results for job in jobs)
+    return f"{done} of {len(jobs)} planned federations were run; the others are not run yet."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif chosen.quick:
             results = quick_results(cache)
         elif not chosen.tables:
-            jobs = list(dict.fromkeys([*map(Job, first()), *robustness.jobs(), *map(Job, plan())]))
+            jobs = queue()
             runner.run(jobs, cache, runner.FOLDER, workers=WORKERS, seconds=60 * chosen.minutes)
             results = runner.read_results(runner.FOLDER)
     found = figures(results, chosen.quick)

@@ -18,12 +18,13 @@ import numpy as np
 from scipy.stats import t as student
 
 from benchmarks.aggregation.federation import Cell, Outcome
-from benchmarks.aggregation.grid import DATASETS, NATURAL_CLIENTS, PLAIN, SEEDS, Job, rules
+from benchmarks.aggregation.grid import DATASETS, NATURAL_CLIENTS, PLAIN, SEEDS, Job, Variant, rules
 
 Results = Mapping[Job, Outcome]
 Units = dict[Cell, Outcome]
 
 CONFIDENCE = 0.95
+HALF = Variant(rounds="half")
 OURS = "altqr"
 COLUMNS = (
     (10, "iid"),
@@ -276,28 +277,33 @@ def summaries(results: Results) -> str:
 
 
 def equal_bytes(results: Results) -> str:
-    """Return AltQR after all rounds against rules of both factors after half of them.
+    """Return AltQR after all rounds against FedIT with half of them, as Markdown.
 
-    One factor per round is half the uplink, so these have sent the same number of bytes.
+    One factor per round is half the uplink, so both have sent the same number of bytes.
     """
     lines = [
-        "| situation | FedIT, half of the rounds | AltQR, all rounds | AltQR minus FedIT [95 %] |",
-        "|---|---|---|---|",
+        "| situation | units | rule | half of the rounds | AltQR, all rounds "
+        "| AltQR minus rule [95 %] |",
+        "|---|---|---|---|---|---|",
     ]
-    for situation in SITUATIONS[:4]:
-        found = units(results, situation.of)
-        both = [u for u in found.get("fedavg", {}) if u in found.get(OURS, {})]
-        if not both:
-            lines.append(f"| {situation.title} | not run | not run | |")
-            continue
-        early = [100 * found["fedavg"][unit].accuracy_half for unit in both]
-        late = [100 * found[OURS][unit].accuracy for unit in both]
-        gaps = [b - a for a, b in zip(early, late, strict=True)]
-        lines.append(
-            f"| {situation.title} | {statistics.mean(early):.1f} | {statistics.mean(late):.1f} "
-            f"| {signed(gaps)} |"
-        )
-    return "\n".join(lines)
+    for situation in SITUATIONS[:2]:
+        ours = units(results, situation.of).get(OURS, {})
+        for rule in ("fedavg", "fedavg-skip"):
+            half = {
+                dataclasses.replace(job.cell, rule=""): outcome
+                for job, outcome in results.items()
+                if job.variant == HALF and job.cell.rule == rule and situation.of(job.cell)
+            }
+            both = {unit: outcome for unit, outcome in half.items() if unit in ours}
+            if both:
+                early = 100 * _mean(both, list(both), "accuracy")
+                late = 100 * _mean(ours, list(both), "accuracy")
+                gap = signed(paired({unit: ours[unit] for unit in both}, both))
+                lines.append(
+                    f"| {situation.title} | {len(both)} | {NAMES[rule]} "
+                    f"| {early:.1f} | {late:.1f} | {gap} |"
+                )
+    return "\n".join(lines) if len(lines) > 2 else "Not run."
 
 
 def rates_table(rates: Mapping[tuple[object, ...], Mapping[float, float]]) -> str:

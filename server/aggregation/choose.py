@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import ONE_FACTOR, Server
@@ -45,10 +44,7 @@ FACTOR_RULES: dict[str, Callable[..., Rule[None]]] = {
 
 
 def rule_for(config: RunConfig) -> Rule[Any]:
-    """Return the aggregation rule that `config` asks for.
-
-    Raises ConfigError for federation.normalize_steps with a method that merges products.
-    """
+    """Return the aggregation rule that `config` asks for."""
     rule = _method(config)
     if config.personal.head == "local":
         rule = replace(rule, part=_without_dense(rule.part))
@@ -96,12 +92,6 @@ def _combine(config: RunConfig) -> Combine:
 def _product_method(config: RunConfig) -> Rule[Any]:
     """Return a rule on products of factors."""
     federation = config.federation
-    if federation.normalize_steps:
-        raise ConfigError(
-            f'federation.normalize_steps does not go with federation.method = "{federation.method}"'
-            ": it normalises deltas, and this method adds products. Leave it out, or take "
-            '"fedavg", "ffa", "rolora", "altqr" or "fedsa"'
-        )
     match federation.method:
         case "fedex":
             return fedex(config.lora.rank, federation.weighting)

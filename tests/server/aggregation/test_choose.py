@@ -153,4 +153,4 @@ def test_normalised_steps_need_deltas_that_say_theirs(method: str) -> None:
 @pytest.mark.parametrize("method", ["fedex", "flora", "flexlora", "hetlora"])
 def test_normalised_steps_do_not_go_with_products(method: str) -> None:
     with pytest.raises(ConfigError, match=f'does not go with federation.method = "{method}"'):
-        rule_for(config(method, "normalize_steps = true"))
+        config(method, "normalize_steps = true")
