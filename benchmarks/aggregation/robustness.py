@@ -18,8 +18,6 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.tables import Robust, Uplink
 from benchmarks.aggregation.federation import ROUNDS, Cell, Outcome, Tamper
@@ -159,7 +157,9 @@ def table(results: Mapping[Job, Outcome], partition: str) -> str:
             text = "not run"
             if points:
                 mark = "**" if statistics.mean(points) <= NEAR else ""
-                text = f"{mark}{statistics.mean(points):.1f}{mark} ± {np.std(points):.1f}"
+                text = f"{mark}{statistics.mean(points):.1f}{mark}"
+                if len(points) > 1:
+                    text += f" ± {statistics.stdev(points):.1f}"
             cells.append(text)
         lines.append(f"| {'plain mean' if robust == 'mean' else robust} | {' | '.join(cells)} |")
     return "\n".join(lines)

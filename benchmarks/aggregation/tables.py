@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from scipy.stats import t as student
 
 from benchmarks.aggregation.federation import Cell, Outcome
@@ -254,7 +253,7 @@ def _entry(rule: str, at: Mapping[str, Units]) -> str:
         return "not run"
     values = [100 * outcome.accuracy for outcome in at[rule].values()]
     best = max(at, key=lambda r: statistics.mean(o.accuracy for o in at[r].values()))
-    text = f"{statistics.mean(values):.1f} ± {np.std(values):.1f}"
+    text = spread(values)
     if len(values) < len(SEEDS):
         text += f" ({len(values)})"
     if rule == best:
@@ -262,6 +261,12 @@ def _entry(rule: str, at: Mapping[str, Units]) -> str:
     behind = paired(at[rule], at[best])
     tied = len(behind) > 1 and abs(interval(behind)[0]) <= interval(behind)[1]
     return f"{text}°" if tied else text
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation."""
+    mean = statistics.mean(values)
+    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 def grids(results: Results) -> str:

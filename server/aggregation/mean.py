@@ -23,20 +23,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from types import EllipsisType
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import saxpy
 
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import IncompatibleAdapter
 from anabranch.protocols.part import Part
-from anabranch.protocols.spec import AdapterSpec, Arrays, Shape, require_same_spec
+from anabranch.protocols.spec import AdapterSpec, Arrays, require_same_spec
 
 # No site holds this many records; a larger weight would silence every other client.
 MAX_WEIGHT = 1e9
 FOLD = 7  # terms per float32 sum
-BLOCK = 1 << 16  # values per step: their product with a weight stays in the processor's cache
 
 # From (delta, weight) to one delta, as weighted_mean does it; robust rules are others.
 Combine = Callable[[Iterable[tuple[Delta, float]]], Delta]
@@ -165,12 +164,10 @@ class _Fold:
     """
 
     def __init__(self, total: dict[str, NDArray[np.float64]]) -> None:
-        self._places = [(name, at) for name, a in total.items() for at in _blocks(a.shape)]
-        self._total = [total[name][at] for name, at in self._places]  # views
-        self._inner = [np.empty(block.shape, np.float32) for block in self._total]
-        self._outer = [np.empty(block.shape, np.float32) for block in self._total]
-        product = np.empty(max(block.size for block in self._total), np.float32)
-        self._product = [product[: b.size].reshape(b.shape) for b in self._total]
+        self._names = list(total)
+        self._total = [array.reshape(-1) for array in total.values()]  # views
+        self._inner = [np.empty(array.size, np.float32) for array in self._total]
+        self._outer = [np.empty(array.size, np.float32) for array in self._total]
         self._count, self.unit = 0, 2.0**-500  # below every weight
 
     def add(self, arrays: Arrays, weight: float) -> None:
@@ -179,14 +176,13 @@ class _Fold:
         if weight * FOLD * FOLD > self.unit:
             self._grow(weight * FOLD * FOLD)
         factor = np.float32(weight / self.unit)
-        places = zip(self._places, self._inner, self._product, strict=True)
-        if self._count % FOLD == 0:
-            for (name, at), inner, _ in places:
-                np.multiply(arrays[name][at], factor, inner)
-        else:
-            for (name, at), inner, product in places:
-                np.multiply(arrays[name][at], factor, product)
-                np.add(inner, product, inner)
+        first = self._count % FOLD == 0
+        for i, name in enumerate(self._names):
+            values, inner = arrays[name].reshape(-1), self._inner[i]
+            # saxpy adds factor · values into inner in one pass over both.
+            self._inner[i] = (
+                np.multiply(values, factor, inner) if first else saxpy(values, inner, a=factor)
+            )
         self._count += 1
         if self._count % FOLD == 0:
             self._close_inner()
@@ -214,11 +210,3 @@ class _Fold:
             return
         for inner, outer in zip(self._inner, self._outer, strict=True):
             np.add(outer, inner, outer)
-
-
-def _blocks(shape: Shape) -> list[slice | EllipsisType]:
-    """Return where the blocks of a tensor are: rows that come to about BLOCK values."""
-    if not shape:
-        return [...]
-    rows = max(1, BLOCK * shape[0] // math.prod(shape))
-    return [slice(at, at + rows) for at in range(0, shape[0], rows)]
