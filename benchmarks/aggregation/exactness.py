@@ -192,12 +192,16 @@ def by_norm(sent: Adapter, deltas: Sequence[Delta]) -> Dense:
 
 
 def by_rank(sent: Adapter, deltas: Sequence[Delta]) -> Dense:
-    """Return the sum over ranks of the mean product of those that trained that rank."""
+    """Return the sum over ranks of the mean product of those that trained that rank.
+
+    A client counts by its records, and the more the rarer it trains a rank.
+    """
     total = {name: np.zeros((out, size)) for name, (out, size) in LAYERS.items()}
     for rank in range(sent.spec.rank):
         those = [d for d in deltas if d.part.ranks is None or rank in d.part.ranks]
         products = [_products(sent.spec, _after(sent, d), [rank]) for d in those]
-        weights = [float(d.num_examples) for d in those]
+        size = sent.spec.rank
+        weights = [d.num_examples * size / len(d.part.ranks or range(size)) for d in those]
         if not those:  # nobody trained it: it stays
             products, weights = [_products(sent.spec, sent.arrays, [rank])], [1.0]
         for name, product in _mean(products, weights).items():

@@ -12,6 +12,7 @@ all learning is the adapter's: the head is neither trained nor sent.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -44,9 +45,11 @@ from anabranch.protocols.tables import (
     Training,
     Uplink,
 )
+from anabranch.server.aggregation.altqr import altqr
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.aggregation.rule import Rule
 from benchmarks.aggregation import data, model
+from benchmarks.aggregation.even import even_mean
 from benchmarks.aggregation.model import LastMatrix
 
 RANK = 8
@@ -59,6 +62,7 @@ PRIVATE_BATCH = 64  # expected; AUTO-S clipping
 PRIVATE_STEPS = 2
 EXTRA_RANK = 24  # fedex, flora: of the frozen adapter that holds what the factors cannot
 
+EVEN = "-even"
 PLAIN = Uplink()
 Head = Literal["fixed", "trained"]
 Tamper = Callable[[int, Delta], Delta]  # (client, what it would send) -> what it sends
@@ -87,7 +91,7 @@ class Outcome:
     uplink_bytes: float  # mean frame of a client and round
     uplink_floats: float
     downlink_bytes: float  # mean frame of the adapter sent out, fp32
-    error: float  # mean aggregation error over the rounds
+    error: float  # mean aggregation error over the rounds; NaN where the rule measures none
     cpu_seconds: float
 
 
@@ -115,7 +119,7 @@ def prepare(corpus: data.Corpus, cache: Path) -> Prepared:
 
 def config_for(cell: Cell, labels: tuple[str, ...], rate: float, rounds: int = ROUNDS) -> RunConfig:
     """Return the run.toml of a cell."""
-    method, _, absent = cell.rule.partition("-")
+    method, _, absent = cell.rule.removesuffix(EVEN).partition("-")
     private = cell.epsilon > 0
     lora = Lora(rank=RANK, alpha=2.0 * RANK, targets=("dense",))
     federation: dict[str, Any] = {"method": method, "absent_ranks": absent or "zero"}
@@ -150,7 +154,7 @@ def federate(
     started = time.process_time()
     config = config_for(cell, prepared.corpus.labels, rate, rounds)
     config = msgspec.structs.replace(config, robust=robust, uplink=uplink)
-    rule = rule_for(config)
+    rule = rule_of(cell, config)
     classifier = model.classifier(prepared.source, config.adapter, cell.seed)
     clients = Clients.of(prepared, cell, config, classifier)
     state, adapter = rule.init(first_adapter(classifier, cell))
@@ -160,7 +164,7 @@ def federate(
         down.append(len(wire.encode(sent)))
         state, merged = rule.merge(state, sent, clients.train(rule, sent, number, tamper))
         adapter = merged.adapter
-        errors.append(merged.error or 0.0)
+        errors.append(math.nan if merged.error is None else merged.error)
     figures = score(classifier, adapter, prepared.held[held])
     return Outcome(
         accuracy=figures["accuracy"],
@@ -171,6 +175,13 @@ def federate(
         error=statistics.mean(errors),
         cpu_seconds=time.process_time() - started,
     )
+
+
+def rule_of(cell: Cell, config: RunConfig) -> Rule[Any]:
+    """Return the product's rule; "altqr-even" is AltQR with another mean, see even.py."""
+    if cell.rule.endswith(EVEN):
+        return altqr(config.federation.weighting, seed=config.seed, combine=even_mean)
+    return rule_for(config)
 
 
 def first_adapter(classifier: LastMatrix, cell: Cell) -> Adapter:

@@ -29,7 +29,7 @@ from benchmarks.aggregation.tables import OURS, TITLES, Situation, interval, pai
 from benchmarks.harness import Figure
 
 MIXED = Situation("fixed", 0.0, "mixed")
-CHALLENGERS = ("altqr", "rolora", "ffa", "flexlora", "flora")
+CHALLENGERS = ("altqr", "altqr-even", "rolora", "ffa", "flexlora", "flora")
 
 
 def int8_loss(points: Sequence[float]) -> list[Figure]:

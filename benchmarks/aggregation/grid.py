@@ -24,8 +24,18 @@ PRIVATE_RATES = (1e-2, 3e-2, 1e-1, 3e-1)  # AdamW averages noise: larger steps p
 DATASETS = ("medquad", "sst2")
 SYNTHETIC = ("dirichlet-0.5", "iid", "dirichlet-0.1")
 EQUAL = ("fedavg", "altqr", "rolora", "ffa", "fedex", "flexlora", "flora", "hetlora")
-MIXED = ("fedavg", "fedavg-skip", "altqr", "rolora", "ffa", "flexlora", "flora", "hetlora")
-PRIVATE = ("fedavg", "altqr", "rolora", "ffa")  # first; the others if there is time
+MIXED = (
+    "fedavg",
+    "fedavg-skip",
+    "altqr",
+    "altqr-even",
+    "rolora",
+    "ffa",
+    "flexlora",
+    "flora",
+    "hetlora",
+)
+PRIVATE = ("fedavg", "altqr", "altqr-even", "rolora", "ffa")  # first; the others if there is time
 TRAINED = (*PRIVATE, "fedavg-skip", "flexlora")
 NATURAL_CLIENTS = 8
 

@@ -38,13 +38,14 @@ COLUMNS = (
     (50, "dirichlet-0.1"),
 )
 # The coordinator needs no more than one weighted sum: what secure aggregation computes.
-LINEAR = ("fedavg", "fedavg-skip", "altqr", "rolora", "ffa")
+LINEAR = ("fedavg", "fedavg-skip", "altqr", "altqr-even", "rolora", "ffa")
 NAMES = {
     "fedavg": "FedIT (fedavg, absent ranks zero)",
     "fedavg-skip": "FedIT (fedavg, absent ranks skipped)",
     "ffa": "FFA-LoRA",
     "rolora": "RoLoRA",
     "altqr": "AltQR-LoRA",
+    "altqr-even": "AltQR-LoRA, even",
     "fedex": "FedEx-LoRA",
     "flora": "FLoRA",
     "flexlora": "FlexLoRA",
@@ -141,7 +142,7 @@ def summary(results: Results, situation: Situation) -> str:
             "best" if rule == best else signed(behind),
             f"{_mean(rows, common, 'uplink_bytes') / 1000:.1f}",
             f"{_mean(rows, common, 'downlink_bytes') / 1000:.0f}",
-            f"{_mean(rows, common, 'error'):.2g}",
+            _known(_mean(rows, common, "error")),
             f"{_mean(rows, common, 'cpu_seconds'):.1f}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -151,6 +152,10 @@ def summary(results: Results, situation: Situation) -> str:
     if absent:
         lines += ["", "Not run: " + ", ".join(absent) + "."]
     return "\n".join(lines)
+
+
+def _known(error: float) -> str:
+    return "—" if math.isnan(error) else f"{error:.2g}"
 
 
 def signed(values: Sequence[float]) -> str:

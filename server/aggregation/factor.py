@@ -9,8 +9,8 @@ coordinator needs no more than the sum. (FedIT, which averages both factors apar
 Σ_k p_k (B_k − B̄)(A_k − Ā).)
 
 A client of low rank trains a random choice of rank indices, another one each round, drawn from
-(seed, round, name) and not from its records; every rank is a mean over those that trained it
-(after FSLoRA, arXiv:2501.19389).
+(seed, round, name) and not from its records (after FSLoRA, arXiv:2501.19389); every rank is a
+mean over those that trained it, in which a rare choice weighs more (mean.py).
 """
 
 from __future__ import annotations

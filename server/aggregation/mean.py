@@ -2,12 +2,17 @@
 
 Notation: client k sends delta d_k with weight w_k > 0, and trained the rank indices I_k.
 
-    mean_j = Σ_{k: j in I_k} w_k d_k,j / Σ_{k: j in I_k} w_k      for every rank index j
+    mean_j = Σ_{k: j in I_k} v_k d_k,j / Σ_{k: j in I_k} v_k      for every rank index j
     mean   = Σ_k w_k d_k / Σ_k w_k                                for dense tensors
 
+    v_k = w_k               both factors: everybody has the first ranks (RBLA, arXiv:2408.08699)
+    v_k = w_k · R / |I_k|   one factor: I_k is a random choice of the R ranks
+
 With equal I_k this is the server's step of FedAvg (McMahan et al. 2017, arXiv:1602.05629,
-Algorithm 1, written for differences). With unequal I_k every rank is a mean over those that
-trained it (the denominators of RBLA, arXiv:2408.08699).
+Algorithm 1, written for differences). A random choice of few ranks is one in R / |I_k| rounds
+in any one of them: with that factor (Hájek's estimator of a mean from unequal samples) a client
+weighs the same in all ranks together, whatever its rank; without it, clients of high rank would
+pull the model to their own records.
 
 FedNova (Wang et al. 2020, arXiv:2007.07481, equation 6, gradient weights a_k = 1), τ_k the
 local steps of client k:
@@ -107,7 +112,9 @@ class Sum:
             self._add_exactly(delta, weight * scale)
         else:
             self._fold.add(delta.arrays, weight * scale)
-        self._columns[slice(None) if part.ranks is None else list(part.ranks)] += weight
+        self._columns[slice(None) if part.ranks is None else list(part.ranks)] += weight * _rarity(
+            delta
+        )
         self._weight += weight
         self.num_examples += delta.num_examples
         self.clients += 1
@@ -147,13 +154,14 @@ class Sum:
         self._fold = _Fold(self._total)
 
     def _add_exactly(self, delta: Delta, weight: float) -> None:
-        in_units = weight / self._fold.unit
+        in_units, rarity = weight / self._fold.unit, _rarity(delta)
         ranks = slice(None) if delta.part.ranks is None else list(delta.part.ranks)
         places: dict[str, tuple[slice | list[int], ...]] = {}
         for _, a, b in delta.spec.factors():
             places[a], places[b] = (ranks,), (slice(None), ranks)
         for name, array in delta.arrays.items():
-            self._total[name][places.get(name, ())] += in_units * array.astype(np.float64)
+            times = in_units * rarity if name in places else in_units
+            self._total[name][places.get(name, ())] += times * array.astype(np.float64)
 
 
 class _Fold:
@@ -210,3 +218,10 @@ class _Fold:
             return
         for inner, outer in zip(self._inner, self._outer, strict=True):
             np.add(outer, inner, outer)
+
+
+def _rarity(delta: Delta) -> float:
+    """Return v_k / w_k of the module's docstring."""
+    if delta.part.ranks is None or delta.part.factors not in ("A", "B"):
+        return 1.0
+    return delta.spec.rank / len(delta.part.ranks)

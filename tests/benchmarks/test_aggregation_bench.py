@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,11 @@ from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.protocols.adapter import Adapter, Delta
+from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Lora
+from benchmarks import harness
 from benchmarks.aggregation import data, federation, gains, grid, model, robustness, runner, tables
+from benchmarks.aggregation.even import even_mean
 from benchmarks.aggregation.federation import Cell, Outcome, Prepared, config_for, federate
 from benchmarks.aggregation.grid import Job, Task, Variant
 
@@ -183,10 +189,15 @@ def test_every_rule_runs_and_a_fixed_head_is_neither_trained_nor_sent(
 
     # Ranks 2, 4, 8, 2 of four clients: 16 / 4 on average; A and B, or one of them in turn.
     both = 4 * (model.INNER + model.WIDTH)
-    floats = {"altqr": both / 2, "rolora": both / 2, "ffa": 4 * model.WIDTH}
+    floats = {"altqr": both / 2, "altqr-even": both / 2, "rolora": both / 2, "ffa": 4 * model.WIDTH}
     assert outcome.uplink_floats == floats.get(rule, both)
     assert 0 <= outcome.accuracy <= 1
-    assert (outcome.error < 1e-6) == (rule in ("altqr", "rolora", "ffa"))
+    exact = ("altqr", "rolora", "ffa")
+    assert (
+        np.isnan(outcome.error)
+        if rule == "altqr-even"
+        else (outcome.error < 1e-6) == (rule in exact)
+    )
 
 
 def test_a_fixed_head_is_orthonormal_and_the_same_for_every_rule(prepared: Prepared) -> None:
@@ -206,6 +217,33 @@ def test_a_cell_is_a_function_of_its_seed(prepared: Prepared) -> None:
     assert dataclasses.replace(outcomes[0], cpu_seconds=0) == dataclasses.replace(
         outcomes[1], cpu_seconds=0
     )
+
+
+@given(st.integers(0, 99))
+def test_in_the_even_mean_a_rank_weighs_what_its_client_has_few_of(seed: int) -> None:
+    spec = gains._spec(labels=3)
+    rng = np.random.default_rng(seed)
+
+    def delta(ranks: tuple[int, ...], examples: int) -> Delta:
+        part = Part(factors="B", ranks=ranks)
+        arrays = {
+            name: rng.standard_normal(shape).astype(np.float32)
+            for name, shape in part.shapes(spec).items()
+        }
+        return Delta(spec, arrays, examples, part=part)
+
+    few, many = delta((1, 4), 30), delta(tuple(range(8)), 10)
+    name = f"{model.TARGET}.lora_B.weight"
+
+    mean = even_mean([(few, 30.0), (many, 10.0)])
+
+    # Rank 1: weights 30 · 8/2 and 10 · 8/8. Rank 0: the second client alone. The head: 30 and 10.
+    one = (120 * few.arrays[name][:, 0] + 10 * many.arrays[name][:, 1]) / 130
+    head = (30 * few.arrays["head.bias"] + 10 * many.arrays["head.bias"]) / 40
+    np.testing.assert_allclose(mean.arrays[name][:, 1], one, atol=1e-5)
+    np.testing.assert_allclose(mean.arrays[name][:, 0], many.arrays[name][:, 0], atol=1e-5)
+    np.testing.assert_allclose(mean.arrays["head.bias"], head, atol=1e-5)
+    assert mean.num_examples == 40
 
 
 def test_private_cells_train_through_the_product_s_private_fit(prepared: Prepared) -> None:
@@ -384,3 +422,27 @@ def test_robust_rules_count_when_their_worst_attack_costs_little() -> None:
     assert "median" in found["robust.within_3_points"].note
     assert found["robust.mean_loss_points"].value == pytest.approx(70)
     assert robustness.figures({}, "iid") == []
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_the_figures_of_a_full_one(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    script = harness.ROOT / "benchmarks" / "aggregation" / "run.py"
+    page = (harness.ROOT / "docs" / "benchmarks" / "aggregation.md").read_bytes()
+
+    subprocess.run([sys.executable, str(script), "--quick", "--json", str(file)], check=True)
+
+    content = json.loads(file.read_text())
+    found = {figure["figure"] for figure in content["figures"]}
+    assert found >= {
+        "exactness.max_error",
+        "mixed_ranks.gain_points_naive",
+        "mixed_ranks.gain_points_padding",
+        "uplink.ratio_floats",
+        "uplink.ratio_int8_bytes",
+        "uplink.int8_loss_points",
+        "robust.within_3_points",
+        "robust.mean_loss_points",
+    }
+    assert content["header"]["quick"] is True
+    assert (harness.ROOT / "docs" / "benchmarks" / "aggregation.md").read_bytes() == page

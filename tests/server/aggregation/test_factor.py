@@ -73,7 +73,7 @@ def test_the_merged_product_is_the_mean_of_the_clients_products(
 
 @pytest.mark.parametrize("method", [ffa, rolora, altqr])
 @given(seed=SEEDS, limits=st.lists(st.integers(1, RANK), min_size=1, max_size=6))
-def test_with_mixed_ranks_every_rank_is_a_mean_over_those_that_trained_it(
+def test_with_mixed_ranks_a_rank_is_a_mean_over_its_trainers_by_how_rarely_they_train_it(
     method: Method, seed: int, limits: list[int]
 ) -> None:
     rule = method("uniform", seed=seed)
@@ -84,10 +84,10 @@ def test_with_mixed_ranks_every_rank_is_a_mean_over_those_that_trained_it(
 
     for module, _, b in SPEC.factors():
         for j in range(RANK):
-            columns = [
-                d.full()[b][:, j] for d in deltas if d.part.ranks is None or j in d.part.ranks
-            ]
-            change = np.mean(columns, axis=0) if columns else 0.0
+            those = [d for d in deltas if d.part.ranks is None or j in d.part.ranks]
+            columns = [d.full()[b][:, j] for d in those]
+            rarity = [RANK / len(d.part.ranks or range(RANK)) for d in those]
+            change = np.average(columns, axis=0, weights=rarity) if those else 0.0
             np.testing.assert_allclose(
                 merged.adapter.arrays[b][:, j], sent.arrays[b][:, j] + change, atol=1e-5
             )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -252,3 +254,42 @@ def test_deltas_of_two_factors_are_refused() -> None:
 def test_a_delta_without_its_steps_cannot_be_normalised() -> None:
     with pytest.raises(ValueError, match="does not say how many steps it took"):
         normalized_mean([(constant(1.0, steps=0), 1.0)])
+
+
+def of_b(ranks: tuple[int, ...] | None, num_examples: int, value: float) -> Delta:
+    part = Part(factors="B", ranks=ranks)
+    arrays = {n: np.full(s, value, np.float32) for n, s in part.shapes(SPEC).items()}
+    return Delta(SPEC, arrays, num_examples, part=part)
+
+
+@given(
+    sizes=st.lists(st.integers(1, RANK), min_size=1, max_size=3),
+    weights=st.lists(st.floats(0.5, 50), min_size=3, max_size=3),
+)
+def test_over_all_choices_of_ranks_a_client_weighs_the_same_whatever_its_rank(
+    sizes: list[int], weights: list[float]
+) -> None:
+    every = [
+        (of_b(tuple(ranks), 1, float(k)), weights[k] / math.comb(RANK, size))
+        for k, size in enumerate(sizes)
+        for ranks in itertools.combinations(range(RANK), size)
+    ]
+
+    mean = weighted_mean(every)
+
+    expected = np.average(range(len(sizes)), weights=weights[: len(sizes)])
+    for array in mean.arrays.values():
+        np.testing.assert_allclose(array, expected, atol=1e-5)
+
+
+def test_the_head_is_weighed_by_records_alone() -> None:
+    rare, full = of_b((1,), 1, 0.0), of_b(None, 1, 1.0)
+
+    mean = weighted_mean([(rare, 1.0), (full, 1.0)])
+
+    (_, _, b), *_ = SPEC.factors()
+    assert mean.arrays[b][0, 1] == pytest.approx(1 / (1 + RANK))
+    assert mean.arrays[b][0, 0] == pytest.approx(1.0)
+    dense = [n for n in mean.arrays if "lora" not in n]
+    assert all((mean.arrays[n] == 0.5).all() for n in dense)
+    assert dense
