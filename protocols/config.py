@@ -23,6 +23,7 @@ from anabranch.protocols.tables import (
     Contract,
     Federation,
     Lora,
+    Method,
     Model,
     Name,
     Personal,
@@ -58,14 +59,31 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         _check(self)
 
     @property
+    def method(self) -> Method:
+        """Return federation.method, or the one that this run's situation calls for.
+
+        What is measured best where it can be used (docs/aggregation.md, "Which is the default").
+        """
+        federation = self.federation
+        if federation.method is not None:
+            return federation.method
+        no_factors = not self.lora.rank or self.model.base == "logistic"
+        moments = self.server is not None or federation.buffer is not None
+        if no_factors or moments or federation.normalize_steps:
+            return "fedavg"
+        if federation.mixed_ranks or self.robust is not None or self.uplink.error_feedback:
+            return "altqr"
+        return "fedex" if self.privacy is None else "fedavg"
+
+    @property
     def adapter(self) -> Lora:
         """Return [lora] as the method needs it: fedex and flora carry an extra frozen adapter.
 
         Its ranks come after those that are trained, and alpha / rank stays what it was.
         """
-        if self.federation.method not in RESIDUAL or not self.lora.rank:
+        if self.method not in RESIDUAL or not self.lora.rank:
             return self.lora
-        rank = self.lora.rank + (self.federation.residual_rank or self.lora.rank)
+        rank = self.lora.rank + (self.federation.residual_rank or 3 * self.lora.rank)
         return msgspec.structs.replace(
             self.lora, rank=rank, alpha=self.lora.alpha * rank / self.lora.rank
         )
@@ -73,7 +91,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def kept(self) -> Part | None:
         """Return what every site trains with its part of the adapter and keeps to itself."""
-        if self.federation.method == "fedsa":
+        if self.method == "fedsa":
             return Part(factors="B")
         return Part(factors="none") if self.personal.head == "local" else None
 
@@ -146,7 +164,7 @@ def _check(config: RunConfig) -> None:
 
 def _check_method(config: RunConfig) -> None:
     """Refuse tables that do not go with the aggregation method."""
-    federation, robust, method = config.federation, config.robust, config.federation.method
+    federation, robust, method = config.federation, config.robust, config.method
     if method in REGAUGED and config.server is not None:
         raise ConfigError(
             f'[server] does not go with federation.method = "{method}": it writes the factors '
@@ -174,6 +192,11 @@ def _check_method(config: RunConfig) -> None:
             "normalises deltas, and this method adds products. Leave it out, or take "
             '"fedavg", "ffa", "rolora", "altqr" or "fedsa"'
         )
+    if federation.mixed_ranks and method in ("fedex", "fedsa"):
+        raise ConfigError(
+            f'federation.mixed_ranks does not go with federation.method = "{method}": every site '
+            'trains the same ranks there. Take "altqr", or leave the method out'
+        )
     if federation.residual_rank is not None and method not in RESIDUAL:
         raise ConfigError(f'federation.residual_rank is for "fedex" and "flora", not "{method}"')
     if federation.absent_ranks != "zero" and method != "fedavg":
@@ -199,7 +222,7 @@ def _check_method(config: RunConfig) -> None:
 
 
 def _check_robust(robust: Robust, config: RunConfig) -> None:
-    method = config.federation.method
+    method = config.method
     factors = config.lora.rank > 0
     if factors and method not in ONE_FACTOR | {"flexlora"}:
         raise ConfigError(

@@ -120,9 +120,10 @@ class Federation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """[federation]: the rounds."""
 
     rounds: Count
-    method: Method = "fedavg"
+    method: Method | None = None  # None: RunConfig.method chooses, by docs/aggregation.md
+    mixed_ranks: bool = False  # sites of a max_rank below lora.rank may take part
     absent_ranks: Literal["zero", "skip"] = "zero"  # fedavg: what a client of lower rank counts as
-    residual_rank: Count | None = None  # fedex, flora: rank of the extra adapter; None: lora.rank
+    residual_rank: Count | None = None  # fedex, flora: of the extra adapter; None: 3 × lora.rank
     normalize_steps: bool = False  # FedNova: unequal local steps count the same
     buffer: Count | None = None  # FedBuff: merge as soon as so many deltas are there; None: rounds
     proximal_mu: NotNegative = 0.0  # FedProx: + mu/2 · ‖w − w_t‖²; 0 is FedAvg

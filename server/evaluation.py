@@ -33,7 +33,7 @@ def no_shared_model(config: RunConfig) -> str:
     """Return why the coordinator cannot evaluate or release a model, and what it can do."""
     what, why = (
         ("B of every layer", 'federation.method = "fedsa"')
-        if config.federation.method == "fedsa"
+        if config.method == "fedsa"
         else ("the head", 'personal.head = "local"')
     )
     return (

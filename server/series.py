@@ -17,7 +17,7 @@ def aggregation_of(config: RunConfig) -> dict[str, str]:
     feedback = ", error feedback" if uplink.error_feedback else ""
     share = f", {uplink.keep:g} of the values" if uplink.codec == "top-k" else ""
     return {
-        "method": federation.method,
+        "method": config.method,
         "merged": "every round's cohort"
         if federation.buffer is None
         else f"as soon as {federation.buffer} deltas are there",
@@ -80,14 +80,14 @@ def error_curves(histories: Histories) -> dict[str, dict[int, float]]:
 
 
 def _weights(config: RunConfig) -> str:
-    if config.federation.method == "hetlora":
+    if config.method == "hetlora":
         return "by norm"
     equal = config.robust is not None or config.federation.weighting == "uniform"
     return "equal" if equal else "by examples"
 
 
 def _kept(config: RunConfig) -> str:
-    if config.federation.method == "fedsa":
+    if config.method == "fedsa":
         return "B of every layer" + (", the head" if config.personal.head == "local" else "")
     if config.personal.head == "local":
         return "the head"

@@ -112,7 +112,7 @@ def train_alone(
 
 def without_federation(config: RunConfig) -> RunConfig:
     """Return `config` with the tables that say how sites' deltas travel and are merged left out."""
-    rounds = Federation(rounds=config.federation.rounds)
+    rounds = Federation(rounds=config.federation.rounds, method="fedavg")
     return msgspec.structs.replace(
         config, federation=rounds, server=None, robust=None, uplink=Uplink(), personal=Personal()
     )

@@ -45,11 +45,9 @@ from anabranch.protocols.tables import (
     Training,
     Uplink,
 )
-from anabranch.server.aggregation.altqr import altqr
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.aggregation.rule import Rule
 from benchmarks.aggregation import data, model
-from benchmarks.aggregation.even import even_mean
 from benchmarks.aggregation.model import LastMatrix
 
 RANK = 8
@@ -62,7 +60,6 @@ PRIVATE_BATCH = 64  # expected; AUTO-S clipping
 PRIVATE_STEPS = 2
 EXTRA_RANK = 24  # fedex, flora: of the frozen adapter that holds what the factors cannot
 
-EVEN = "-even"
 PLAIN = Uplink()
 Head = Literal["fixed", "trained"]
 Tamper = Callable[[int, Delta], Delta]  # (client, what it would send) -> what it sends
@@ -119,7 +116,7 @@ def prepare(corpus: data.Corpus, cache: Path) -> Prepared:
 
 def config_for(cell: Cell, labels: tuple[str, ...], rate: float, rounds: int = ROUNDS) -> RunConfig:
     """Return the run.toml of a cell."""
-    method, _, absent = cell.rule.removesuffix(EVEN).partition("-")
+    method, _, absent = cell.rule.partition("-")
     private = cell.epsilon > 0
     lora = Lora(rank=RANK, alpha=2.0 * RANK, targets=("dense",))
     federation: dict[str, Any] = {"method": method, "absent_ranks": absent or "zero"}
@@ -154,7 +151,7 @@ def federate(
     started = time.process_time()
     config = config_for(cell, prepared.corpus.labels, rate, rounds)
     config = msgspec.structs.replace(config, robust=robust, uplink=uplink)
-    rule = rule_of(cell, config)
+    rule = rule_for(config)
     classifier = model.classifier(prepared.source, config.adapter, cell.seed)
     clients = Clients.of(prepared, cell, config, classifier)
     state, adapter = rule.init(first_adapter(classifier, cell))
@@ -175,13 +172,6 @@ def federate(
         error=statistics.mean(errors),
         cpu_seconds=time.process_time() - started,
     )
-
-
-def rule_of(cell: Cell, config: RunConfig) -> Rule[Any]:
-    """Return the product's rule; "altqr-even" is AltQR with another mean, see even.py."""
-    if cell.rule.endswith(EVEN):
-        return altqr(config.federation.weighting, seed=config.seed, combine=even_mean)
-    return rule_for(config)
 
 
 def first_adapter(classifier: LastMatrix, cell: Cell) -> Adapter:

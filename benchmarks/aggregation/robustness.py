@@ -76,7 +76,7 @@ def options(variant: Variant) -> dict[str, Any]:
     return {
         "robust": RULES.get(variant.robust),
         "uplink": Uplink(codec=variant.codec),  # type: ignore[arg-type]
-        "rounds": ROUNDS // 2 if variant.rounds == "half" else ROUNDS,
+        "rounds": {"half": ROUNDS // 2, "all": ROUNDS, "double": 2 * ROUNDS}[variant.rounds],
         "tamper": attack(FACTORS.get(variant.attack, 1.0)),
     }
 

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.aggregation import data, exactness, gains, merge, plots, robustness, runner, tables
 from benchmarks.aggregation.federation import Outcome, Prepared, config_for, federate, prepare
-from benchmarks.aggregation.grid import SEEDS, Job, Variant, first, halved, plan
+from benchmarks.aggregation.grid import SEEDS, Job, Variant, equalised, first, plan
 from benchmarks.harness import ROOT, Figure, header, report, write_between_markers
 
 PACKAGES = ("torch", "opacus", "transformers", "numpy")
@@ -56,7 +56,7 @@ def figures(results: dict[Job, Outcome], quick: bool, partition: str = "iid") ->
 
 def queue() -> list[Job]:
     """Return everything that is to be run, the most telling first."""
-    jobs = [*map(Job, first()), *robustness.jobs(), *halved(), *map(Job, plan())]
+    jobs = [*map(Job, first()), *robustness.jobs(), *equalised(), *map(Job, plan())]
     return list(dict.fromkeys(jobs))
 
 

@@ -23,7 +23,8 @@ Results = Mapping[Job, Outcome]
 Units = dict[Cell, Outcome]
 
 CONFIDENCE = 0.95
-HALF = Variant(rounds="half")
+HALVED = ("fedavg", "fedavg-skip")
+DOUBLED = ("fedavg", "fedex", "flexlora", "flora")
 OURS = "altqr"
 COLUMNS = (
     (10, "iid"),
@@ -38,14 +39,13 @@ COLUMNS = (
     (50, "dirichlet-0.1"),
 )
 # The coordinator needs no more than one weighted sum: what secure aggregation computes.
-LINEAR = ("fedavg", "fedavg-skip", "altqr", "altqr-even", "rolora", "ffa")
+LINEAR = ("fedavg", "fedavg-skip", "altqr", "rolora", "ffa")
 NAMES = {
     "fedavg": "FedIT (fedavg, absent ranks zero)",
     "fedavg-skip": "FedIT (fedavg, absent ranks skipped)",
     "ffa": "FFA-LoRA",
     "rolora": "RoLoRA",
     "altqr": "AltQR-LoRA",
-    "altqr-even": "AltQR-LoRA, even",
     "fedex": "FedEx-LoRA",
     "flora": "FLoRA",
     "flexlora": "FlexLoRA",
@@ -287,33 +287,47 @@ def summaries(results: Results) -> str:
 
 
 def equal_bytes(results: Results) -> str:
-    """Return AltQR after all rounds against FedIT with half of them, as Markdown.
+    """Return AltQR against rules of both factors at the same number of bytes, as Markdown.
 
-    One factor per round is half the uplink, so both have sent the same number of bytes.
+    One factor per round is half the uplink: the others have half of the rounds, or AltQR twice.
     """
     lines = [
-        "| situation | units | rule | half of the rounds | AltQR, all rounds "
-        "| AltQR minus rule [95 %] |",
-        "|---|---|---|---|---|---|",
+        "| situation | units | AltQR | rounds | other rule | rounds | AltQR minus other [95 %] |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for situation in SITUATIONS[:2]:
-        ours = units(results, situation.of).get(OURS, {})
-        for rule in ("fedavg", "fedavg-skip"):
-            half = {
-                dataclasses.replace(job.cell, rule=""): outcome
-                for job, outcome in results.items()
-                if job.variant == HALF and job.cell.rule == rule and situation.of(job.cell)
-            }
-            both = {unit: outcome for unit, outcome in half.items() if unit in ours}
-            if both:
-                early = 100 * _mean(both, list(both), "accuracy")
-                late = 100 * _mean(ours, list(both), "accuracy")
-                gap = signed(paired({unit: ours[unit] for unit in both}, both))
-                lines.append(
-                    f"| {situation.title} | {len(both)} | {NAMES[rule]} "
-                    f"| {early:.1f} | {late:.1f} | {gap} |"
-                )
-    return "\n".join(lines) if len(lines) > 2 else "Not run."
+    for situation in SITUATIONS[:4]:
+        lines += _matched(results, situation, "all", HALVED, "half")
+        lines += _matched(results, situation, "double", DOUBLED, "all")
+    return "\n".join(lines)
+
+
+def _matched(
+    results: Results, situation: Situation, rounds: str, others: Iterable[str], theirs: str
+) -> list[str]:
+    """Return one line per rule that was run with `theirs` rounds on units AltQR has."""
+    mine = _with_rounds(results, situation, OURS, rounds)
+    lines = []
+    for rule in others:
+        rows = _with_rounds(results, situation, rule, theirs)
+        both = [unit for unit in rows if unit in mine]
+        if both:
+            gap = signed(paired({unit: mine[unit] for unit in both}, rows))
+            lines.append(
+                f"| {situation.title} | {len(both)} | {100 * _mean(mine, both, 'accuracy'):.1f} "
+                f"| {rounds} | {NAMES[rule]} {100 * _mean(rows, both, 'accuracy'):.1f} "
+                f"| {theirs} | {gap} |"
+            )
+    return lines
+
+
+def _with_rounds(results: Results, situation: Situation, rule: str, rounds: str) -> Units:
+    return {
+        dataclasses.replace(job.cell, rule=""): outcome
+        for job, outcome in results.items()
+        if job.variant == Variant(rounds=rounds)
+        and job.cell.rule == rule
+        and situation.of(job.cell)
+    }
 
 
 def rates_table(rates: Mapping[tuple[object, ...], Mapping[float, float]]) -> str:

@@ -75,7 +75,7 @@ def optimizer_for(server: Server, rounds: int) -> Optimizer:
 
 def _method(config: RunConfig) -> Rule[Any]:
     federation, weighting = config.federation, config.federation.weighting
-    method = federation.method
+    method = config.method
     if method == "fedavg":
         return fedavg(weighting, federation.absent_ranks, combine=_combine(config))
     if method in ONE_FACTOR:
@@ -92,7 +92,7 @@ def _combine(config: RunConfig) -> Combine:
 def _product_method(config: RunConfig) -> Rule[Any]:
     """Return a rule on products of factors."""
     federation = config.federation
-    match federation.method:
+    match config.method:
         case "fedex":
             return fedex(config.lora.rank, federation.weighting)
         case "flora":

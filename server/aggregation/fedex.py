@@ -65,8 +65,8 @@ def fedex(rank: int, weighting: Weighting = "examples") -> Rule[Carried]:
         if limit < rank:
             raise ConfigError(
                 f"{client}: trains ranks up to {limit}, fedex averages clients of equal rank, here "
-                f'{rank}: lower lora.rank to {limit}, or take federation.method = "altqr", '
-                '"flexlora", "hetlora" or "flora"'
+                f"{rank}: lower lora.rank to {limit}, set federation.mixed_ranks = true, or take "
+                'federation.method = "altqr", "flexlora", "hetlora" or "flora"'
             )
         return Part(ranks=tuple(range(rank)))
 

@@ -20,11 +20,9 @@ from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.protocols.adapter import Adapter, Delta
-from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Lora
 from benchmarks import harness
 from benchmarks.aggregation import data, federation, gains, grid, model, robustness, runner, tables
-from benchmarks.aggregation.even import even_mean
 from benchmarks.aggregation.federation import Cell, Outcome, Prepared, config_for, federate
 from benchmarks.aggregation.grid import Job, Task, Variant
 
@@ -189,15 +187,10 @@ def test_every_rule_runs_and_a_fixed_head_is_neither_trained_nor_sent(
 
     # Ranks 2, 4, 8, 2 of four clients: 16 / 4 on average; A and B, or one of them in turn.
     both = 4 * (model.INNER + model.WIDTH)
-    floats = {"altqr": both / 2, "altqr-even": both / 2, "rolora": both / 2, "ffa": 4 * model.WIDTH}
+    floats = {"altqr": both / 2, "rolora": both / 2, "ffa": 4 * model.WIDTH}
     assert outcome.uplink_floats == floats.get(rule, both)
     assert 0 <= outcome.accuracy <= 1
-    exact = ("altqr", "rolora", "ffa")
-    assert (
-        np.isnan(outcome.error)
-        if rule == "altqr-even"
-        else (outcome.error < 1e-6) == (rule in exact)
-    )
+    assert (outcome.error < 1e-6) == (rule in ("altqr", "rolora", "ffa"))
 
 
 def test_a_fixed_head_is_orthonormal_and_the_same_for_every_rule(prepared: Prepared) -> None:
@@ -219,33 +212,6 @@ def test_a_cell_is_a_function_of_its_seed(prepared: Prepared) -> None:
     )
 
 
-@given(st.integers(0, 99))
-def test_in_the_even_mean_a_rank_weighs_what_its_client_has_few_of(seed: int) -> None:
-    spec = gains._spec(labels=3)
-    rng = np.random.default_rng(seed)
-
-    def delta(ranks: tuple[int, ...], examples: int) -> Delta:
-        part = Part(factors="B", ranks=ranks)
-        arrays = {
-            name: rng.standard_normal(shape).astype(np.float32)
-            for name, shape in part.shapes(spec).items()
-        }
-        return Delta(spec, arrays, examples, part=part)
-
-    few, many = delta((1, 4), 30), delta(tuple(range(8)), 10)
-    name = f"{model.TARGET}.lora_B.weight"
-
-    mean = even_mean([(few, 30.0), (many, 10.0)])
-
-    # Rank 1: weights 30 · 8/2 and 10 · 8/8. Rank 0: the second client alone. The head: 30 and 10.
-    one = (120 * few.arrays[name][:, 0] + 10 * many.arrays[name][:, 1]) / 130
-    head = (30 * few.arrays["head.bias"] + 10 * many.arrays["head.bias"]) / 40
-    np.testing.assert_allclose(mean.arrays[name][:, 1], one, atol=1e-5)
-    np.testing.assert_allclose(mean.arrays[name][:, 0], many.arrays[name][:, 0], atol=1e-5)
-    np.testing.assert_allclose(mean.arrays["head.bias"], head, atol=1e-5)
-    assert mean.num_examples == 40
-
-
 def test_private_cells_train_through_the_product_s_private_fit(prepared: Prepared) -> None:
     cell = dataclasses.replace(CELL, epsilon=8.0)
 
@@ -265,10 +231,13 @@ def test_int8_frames_are_a_quarter(prepared: Prepared) -> None:
     assert 0.25 < int8.uplink_bytes / plain.uplink_bytes < 0.3
 
 
-def test_half_of_the_rounds() -> None:
-    options = robustness.options(Variant(rounds="half"))
+def test_variants_of_half_and_twice_the_rounds() -> None:
+    rounds = [
+        robustness.options(Variant(codec="int8", rounds=name))["rounds"]
+        for name in ("half", "all", "double")
+    ]
 
-    assert options["rounds"] == federation.ROUNDS // 2
+    assert rounds == [10, 20, 40]
 
 
 def test_every_rule_has_the_same_number_of_trials_on_another_seed() -> None:

@@ -216,7 +216,18 @@ METHODS = [
         LORA | {"federation__method": "ffa", "federation__buffer": 2},
         r"federation\.quorum: 3 deltas from a buffer of 2",
     ),
-    (LORA | {"federation__residual_rank": 2}, r'residual_rank is for "fedex" and "flora", not'),
+    (
+        LORA | {"federation__method": "ffa", "federation__residual_rank": 2},
+        r'residual_rank is for "fedex" and "flora", not',
+    ),
+    (
+        LORA | {"federation__method": "fedex", "federation__mixed_ranks": True},
+        r'mixed_ranks does not go with federation\.method = "fedex".*Take "altqr"',
+    ),
+    (
+        LORA | {"federation__method": "hetlora", "federation__normalize_steps": True},
+        r'normalize_steps does not go with federation\.method = "hetlora"',
+    ),
     (
         LORA | {"federation__method": "flexlora", "uplink": {"error_feedback": True}},
         r'uplink\.error_feedback does not go with federation\.method = "flexlora"',
@@ -225,7 +236,10 @@ METHODS = [
         LORA | {"federation__method": "ffa", "federation__absent_ranks": "skip"},
         r'absent_ranks is for "fedavg", not "ffa"',
     ),
-    (LORA | {"robust": {"rule": "median"}}, r'\[robust\] does not go with .*"fedavg": a robust'),
+    (
+        LORA | {"federation__method": "fedavg", "robust": {"rule": "median"}},
+        r'\[robust\] does not go with .*"fedavg": a robust',
+    ),
     (
         LORA | {"federation__method": "flexlora", "robust": {"rule": "median"}},
         r'robust\.rule = "median" works on coordinates',
@@ -302,7 +316,7 @@ def test_what_is_not_toml_is_refused(text: str | bytes, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "residual_rank", "rank"),
-    [("fedavg", None, 4), ("altqr", None, 4), ("fedex", None, 8), ("flora", 2, 6)],
+    [("fedavg", None, 4), ("altqr", None, 4), ("fedex", None, 16), ("flora", 2, 6)],
 )
 def test_a_method_with_a_residual_widens_the_adapter_and_keeps_its_scaling(
     method: str, residual_rank: int | None, rank: int
@@ -315,6 +329,32 @@ def test_a_method_with_a_residual_widens_the_adapter_and_keeps_its_scaling(
 
     assert config.adapter.rank == rank
     assert config.adapter.alpha / rank == config.lora.alpha / config.lora.rank
+
+
+PRIVATE = {"epsilon": 8, "delta": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({}, "fedex"),
+        ({"federation__mixed_ranks": True}, "altqr"),
+        ({"robust": {"rule": "median"}}, "altqr"),
+        ({"uplink": {"codec": "int8", "error_feedback": True}}, "altqr"),
+        ({"privacy": PRIVATE}, "fedavg"),
+        ({"privacy": PRIVATE, "federation__mixed_ranks": True}, "altqr"),
+        ({"server": {"learning_rate": 0.1}}, "fedavg"),
+        ({"federation__buffer": 3}, "fedavg"),
+        ({"federation__normalize_steps": True}, "fedavg"),
+        ({"lora__rank": 0}, "fedavg"),
+        ({"model": {"base": "logistic"}}, "fedavg"),
+        ({"privacy": PRIVATE, "federation__method": "ffa"}, "ffa"),
+    ],
+)
+def test_without_a_method_the_situation_chooses_one_that_fits_it(
+    changes: dict[str, Any], method: str
+) -> None:
+    assert read(table(**{**LORA, **changes})).method == method
 
 
 def test_what_stays_at_the_sites_is_told_as_a_part() -> None:

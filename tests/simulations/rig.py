@@ -48,7 +48,7 @@ def config(*, holdout: float = 0.2, seed: int = 7, **federation: Any) -> RunConf
             "task": {"kind": "tabular-classification", "labels": ["no", "yes"]},
             "data": {"columns": {"x": {"type": "number"}, "y": {"type": "label"}}},
             "model": {"base": "logistic"},
-            "federation": {"rounds": 2, "deadline_s": 60.0, **federation},
+            "federation": {"rounds": 2, "method": "fedavg", "deadline_s": 60.0, **federation},
             "training": {"holdout": holdout},
             "seed": seed,
         },

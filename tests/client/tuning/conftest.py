@@ -79,7 +79,7 @@ def make_config() -> MakeConfig:
             task=Task(kind=kind, labels=("a", "b", "c")),
             data=Contract(columns=COLUMNS[kind] | {"y": Column(type="label")}),
             model=Model(base=base, **model),
-            federation=Federation(rounds=1),
+            federation=Federation(rounds=1, method="fedavg"),
             lora=lora or Lora(),
             seed=seed,
         )
