@@ -71,9 +71,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         moments = self.server is not None or federation.buffer is not None
         if no_factors or moments or federation.normalize_steps:
             return "fedavg"
-        if federation.mixed_ranks or self.robust is not None or self.uplink.error_feedback:
-            return "altqr"
-        return "fedex" if self.privacy is None else "fedavg"
+        one_factor = federation.mixed_ranks or self.robust is not None or self.uplink.error_feedback
+        return "altqr" if one_factor or self.privacy is None else "fedavg"
 
     @property
     def adapter(self) -> Lora:

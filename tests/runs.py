@@ -86,7 +86,9 @@ def table_text(*replacements: tuple[str, str], extra: str = "") -> str:
         if old not in text:
             raise ValueError(f"{old!r} is not in the run")
         text = text.replace(old, new)
-    if "method = " not in text:  # the default adds ranks, which many expectations do not want
+    if (
+        "method = " not in text
+    ):  # the default trains one factor a round, which many expectations do not want
         text = text.replace("[federation]", '[federation]\nmethod = "fedavg"')
     return text + extra
 

@@ -337,7 +337,7 @@ PRIVATE = {"epsilon": 8, "delta": 1e-4}
 @pytest.mark.parametrize(
     ("changes", "method"),
     [
-        ({}, "fedex"),
+        ({}, "altqr"),
         ({"federation__mixed_ranks": True}, "altqr"),
         ({"robust": {"rule": "median"}}, "altqr"),
         ({"uplink": {"codec": "int8", "error_feedback": True}}, "altqr"),

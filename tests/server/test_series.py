@@ -103,9 +103,17 @@ def test_errors_that_nobody_knows_are_left_out() -> None:
     [
         ({}, "method", "fedavg"),
         ({}, "merged", "every round's cohort"),
-        ({"federation": Federation(rounds=1, method="fedavg", buffer=3)}, "merged", "as soon as 3 deltas are there"),
+        (
+            {"federation": Federation(rounds=1, method="fedavg", buffer=3)},
+            "merged",
+            "as soon as 3 deltas are there",
+        ),
         ({}, "weights", "by examples"),
-        ({"federation": Federation(rounds=1, method="fedavg", weighting="uniform")}, "weights", "equal"),
+        (
+            {"federation": Federation(rounds=1, method="fedavg", weighting="uniform")},
+            "weights",
+            "equal",
+        ),
         ({"federation": Federation(rounds=1, method="hetlora")}, "weights", "by norm"),
         ({"server": Server(learning_rate=0.1, optimizer="yogi")}, "server optimiser", "yogi"),
         ({}, "codec", "fp32"),

@@ -113,7 +113,10 @@ def test_absent_ranks_may_be_skipped(tmp_path: Path) -> None:
 def test_a_method_for_equal_ranks_names_the_site_and_what_to_do(
     tmp_path: Path, method: str
 ) -> None:
-    with pytest.raises(RunError, match=r"no part for site north: .*lower lora\.rank to 1, (or take|set federation\.mixed_ranks)"):
+    with pytest.raises(
+        RunError,
+        match=r"no part for site north: .*lower lora\.rank to 1, (or take|set federation\.mixed_ranks)",
+    ):
         run(tmp_path, f'method = "{method}"', ranks=RANKS)
 
 
