@@ -115,7 +115,7 @@ def test_a_method_for_equal_ranks_names_the_site_and_what_to_do(
 ) -> None:
     with pytest.raises(
         RunError,
-        match=r"no part for site north: .*lower lora\.rank to 1, (or take|set federation\.mixed_ranks)",
+        match=r"no part for site north: .*lower lora\.rank to 1, (or take|set federation)",
     ):
         run(tmp_path, f'method = "{method}"', ranks=RANKS)
 
