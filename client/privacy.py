@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,7 @@ from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.optimize import brentq
 
 from anabranch.protocols.errors import PrivacyError
-from anabranch.protocols.tables import Privacy, Training
-
-Clipping = Literal["flat", "automatic"]
+from anabranch.protocols.tables import Clipping, Privacy, Training
 
 LARGEST_EPSILON = 100.0  # beyond it an ε says nothing: infinity is reported
 LARGEST_NOISE = 1e5  # σ; more noise than this leaves nothing to learn from
@@ -68,6 +66,7 @@ class DpPlan:
     steps: int  # of the whole run
     delta: float
     epsilon: float  # what the whole run costs, at most the budget
+    target_quantile: float = 0.5  # adaptive clipping alone
 
     def __post_init__(self) -> None:
         self.spend(self.steps)
@@ -111,6 +110,7 @@ def plan_for(privacy: Privacy, training: Training, rounds: int, num_examples: in
         noise_multiplier=noise_multiplier,
         clipping=privacy.clipping,
         clipping_norm=privacy.clipping_norm,
+        target_quantile=privacy.target_quantile,
         sample_rate=sample_rate,
         steps=steps,
         delta=delta,

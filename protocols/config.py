@@ -19,6 +19,7 @@ from anabranch.protocols.tables import (
     ONE_FACTOR,
     REGAUGED,
     RESIDUAL,
+    ClientPrivacy,
     Column,
     Contract,
     Federation,
@@ -52,6 +53,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     uplink: Uplink = Uplink()
     personal: Personal = Personal()
     privacy: Privacy | None = None
+    client_privacy: ClientPrivacy | None = None
     release: Release = Release()
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 

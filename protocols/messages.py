@@ -14,7 +14,7 @@ from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.config import RunConfig, not_finite
 from anabranch.protocols.errors import ConfigError, MalformedMessage
 from anabranch.protocols.part import Part
-from anabranch.protocols.tables import NotNegative
+from anabranch.protocols.tables import Engine, NotNegative
 
 MAX_JSON = 4 << 20  # bytes
 
@@ -44,6 +44,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     delta: NotNegative | None = None
     noise_multiplier: NotNegative | None = None
     sample_rate: NotNegative | None = None
+    engine: Engine | None = None  # that computed the clipped gradients
+    ledger: str | None = None  # head of the site's hash-chained ledger after this round (hex)
 
 
 class Evaluated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -23,6 +23,11 @@ Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
 TaskKind = Literal["text-classification", "image-classification", "tabular-classification"]
 Device = Literal["cpu", "cuda"]
 ColumnType = Literal["text", "image", "number", "category", "label"]
+# of a record's gradient g to norm C. flat: g · min(1, C / ‖g‖); automatic (AUTO-S):
+# g · C / (‖g‖ + 0.01); per-layer: flat on each of L tensors, to C / √L; adaptive: flat, C follows
+# a quantile of the norms.
+Clipping = Literal["flat", "automatic", "per-layer", "adaptive"]
+Engine = Literal["fast", "opacus"]
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -189,8 +194,26 @@ class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     epsilon: Positive
     delta: Annotated[float, msgspec.Meta(gt=0, lt=0.1)] | None = None  # None: 1 / (10 n)
-    clipping: Literal["flat", "automatic"] = "flat"  # automatic: AUTO-S, g · C / (‖g‖ + 0.01)
-    clipping_norm: Positive = 1.0  # C
+    clipping: Clipping = "flat"
+    clipping_norm: Positive = 1.0  # C; adaptive: the first one
+    target_quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5  # adaptive: share within C
+    engine: Engine = "fast"  # "opacus": the reference; also used for layers "fast" does not know
+
+
+class ClientPrivacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[client_privacy]: client-level (ε, δ) of what the coordinator publishes, for the whole run.
+
+    Neighbouring federations differ by one client with all its records. Cohorts are Poisson
+    samples: in every round each of `population` clients is drawn with chance cohort / population.
+    """
+
+    epsilon: Positive
+    population: Count  # clients that may be drawn, fixed in advance
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=0.1)] | None = None  # None: 1 / (10 population)
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    clipping_norm: Positive = 1.0  # S, of a client's whole update; adaptive: the first one
+    target_quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5  # adaptive: share within S
+    max_examples: Count | None = None  # weight min(n / max_examples, 1); None: all count the same
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,1 @@
+"""Empirical privacy audits: attacks on our own training, and what they prove."""
