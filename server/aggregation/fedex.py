@@ -80,30 +80,38 @@ def fedex(rank: int, weighting: Weighting = "examples") -> Rule[Carried]:
         averaged = sent.plus(mean.delta())
         wanted, got = total.mean(), products_of(averaged, trained)
         residual = {module: difference(wanted[module], got[module]) for module in wanted}
-        adapter, carried = with_extra(averaged, rank, residual, carried)
-        before = products_of(sent, slice(rank, None))
-        every = {module: stacked([wanted[module], before[module]]) for module in wanted}
-        return carried, Merged(
-            adapter=adapter,
-            num_examples=mean.num_examples,
-            clients=mean.clients,
-            error=relative_error(every, products_of(adapter)),
-        )
+        return with_extra(sent, averaged, rank, residual, wanted, carried, mean)
 
     return Rule(name="fedex", init=init, part=part, merge=merge, regauges=True)
 
 
 def with_extra(
-    adapter: Adapter, rank: int, more: Mapping[str, Product], carried: Carried
-) -> tuple[Adapter, Carried]:
-    """Add `more` and what is carried to the extra ranks; carry on what does not fit them."""
-    extra, rest = {}, {}
-    for module, before in products_of(adapter, slice(rank, None)).items():
+    sent: Adapter,
+    adapter: Adapter,
+    rank: int,
+    more: Mapping[str, Product],
+    wanted: Mapping[str, Product],
+    carried: Carried,
+    mean: Sum,
+) -> tuple[Carried, Merged]:
+    """Add `more` and what is carried to the adapter's extra ranks; carry on what does not fit.
+
+    The error is against the extra ranks that were sent out plus `wanted` = Σ p_k B_k A_k.
+    """
+    extra, rest, every = {}, {}, {}
+    for module, before in products_of(sent, slice(rank, None)).items():
         terms = [before, more[module]]
         if module in carried.products:
             terms.append(carried.products[module])
         extra[module], rest[module] = stacked(terms).split(adapter.spec.rank - rank)
-    return with_products(adapter, extra, slice(rank, None)), Carried(rest)
+        every[module] = stacked([wanted[module], before])
+    merged = with_products(adapter, extra, slice(rank, None))
+    return Carried(rest), Merged(
+        adapter=merged,
+        num_examples=mean.num_examples,
+        clients=mean.clients,
+        error=relative_error(every, products_of(merged)),
+    )
 
 
 def require_positive(rank: int) -> None:

@@ -38,9 +38,6 @@ from anabranch.server.aggregation.mean import Sum
 from anabranch.server.aggregation.products import (
     ProductSum,
     Weighting,
-    products_of,
-    relative_error,
-    stacked,
     trained_products,
     weight_of,
     with_dense,
@@ -87,15 +84,7 @@ def flora(rank: int, seed: int, weighting: Weighting = "examples") -> Rule[Carri
             total.add(weight, trained_products(sent, delta, slice(rank)))
         wanted = total.mean()
         emptied = _emptied(with_dense(sent, mean.delta()), rank)
-        adapter, carried = with_extra(emptied, rank, wanted, carried)
-        before = products_of(sent, slice(rank, None))
-        every = {module: stacked([wanted[module], before[module]]) for module in wanted}
-        return carried, Merged(
-            adapter=adapter,
-            num_examples=mean.num_examples,
-            clients=mean.clients,
-            error=relative_error(every, products_of(adapter)),
-        )
+        return with_extra(sent, emptied, rank, wanted, wanted, carried, mean)
 
     return Rule(name="flora", init=init, open=reopen, part=part, merge=merge, regauges=True)
 
