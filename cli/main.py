@@ -12,6 +12,7 @@ import click
 import typer
 
 from anabranch.cli import adapter, edge, site
+from anabranch.cli.audit import audit
 from anabranch.cli.runs import demo, simulate
 from anabranch.protocols.errors import AnabranchError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("simulate")(simulate)
+app.command("audit")(audit)
 app.add_typer(site.app, name="site")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(edge.app, name="edge")
@@ -34,6 +36,7 @@ app.add_typer(edge.app, name="edge")
 EXTRAS = {
     "demo": "demo",
     "simulate": "simulation",
+    "audit": "client",
     "site": "client",
     "adapter": "client",
     "edge": "edge",

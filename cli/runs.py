@@ -115,11 +115,12 @@ def _text(summary: dict[str, Any]) -> str:
         ]
         for name in summary["num_examples"]
     ]
-    lines = [table(["site", "records", "failures", "epsilon"], rows), ""]
+    lines = [table(["site", "records", "failures", "epsilon"], rows), ""] if rows else []
     lines += [f"accuracy {name}: {value:.4f}" for name, value in summary["accuracy"].items()]
+    up, down = summary["bytes_up"], summary["bytes_down"]  # None: would tell who took part
+    moved = "" if up is None else f"{up:,} bytes up, {down:,} down; "
     lines.append(
-        f"{summary['rounds']} rounds, best {summary['best_round']}; "
-        f"{summary['bytes_up']:,} bytes up, {summary['bytes_down']:,} down; "
+        f"{summary['rounds']} rounds, best {summary['best_round']}; {moved}"
         f"{summary['seconds']:.1f} s; peak memory {summary['peak_rss_bytes'] / 2**20:.0f} MiB"
     )
     if summary["release_refused"]:

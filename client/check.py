@@ -26,7 +26,7 @@ class Checked:
     violations: tuple[Violation, ...]
     explanation: str  # the violations in words
     counts: dict[str, int]  # records per label; empty if the contract is broken
-    fingerprint: str
+    fingerprint: str  # of what the model would see; the ledger knows rows by all their cells
     plan: DpPlan | None  # None: the run is not private, or the contract is broken
 
     @property

@@ -90,15 +90,16 @@ class Beside:
 
 def kept_tensors(folder: Path, run: str) -> Kept:
     """Return the file of the tensors that a method leaves at the site."""
-    return Kept(folder, f"{_checked(run)}.kept.adapter")
+    return Kept(folder, f"{checked_run(run)}.kept.adapter")
 
 
 def private_adapter(folder: Path, run: str) -> Kept:
     """Return the file of the private adapter."""
-    return Kept(folder, f"{_checked(run)}.adapter")
+    return Kept(folder, f"{checked_run(run)}.adapter")
 
 
-def _checked(run: str) -> str:
+def checked_run(run: str) -> str:
+    """Return the name of a run, which becomes a file name; raise ProtocolError if it cannot."""
     if not RUN.fullmatch(run):
         raise ProtocolError(
             "run: expected up to 200 letters, digits, '.', '_' and '-', the first a letter or "

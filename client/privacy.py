@@ -118,6 +118,14 @@ def plan_for(privacy: Privacy, training: Training, rounds: int, num_examples: in
     )
 
 
+def least_noise(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Return the least noise multiplier, to PRECISION, that keeps `steps` within (ε, δ).
+
+    Raises PrivacyError if none up to LARGEST_NOISE does.
+    """
+    return _calibrate(epsilon, delta, sample_rate, steps)
+
+
 def sampling_rate(batch_size: int, num_examples: int) -> float:
     """Return q for an expected batch of `batch_size` of `num_examples` records."""
     return min(1.0, batch_size / num_examples)
@@ -132,7 +140,7 @@ def epsilon_of(spends: Iterable[Spend], delta: float) -> float:
     """
     if not 0 < delta < 1:
         raise PrivacyError(f"expected delta in (0, 1), got {delta}")
-    return _epsilon(_merged(spends), delta)
+    return _epsilon(merged(spends), delta)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -159,15 +167,74 @@ def _epsilon(history: History, delta: float) -> float:
     return max(epsilon, 0.0)
 
 
-def require_budget(spent: Sequence[Spend], planned: Spend, *, epsilon: float, delta: float) -> None:
+def require_budget(
+    spent: Sequence[Spend],
+    planned: Spend,
+    *,
+    epsilon: float,
+    delta: float,
+    budget: str = "the budget",
+) -> None:
     """Raise PrivacyError if `planned` after `spent` would cost more than (epsilon, delta)."""
     total = epsilon_of([*spent, planned], delta)
-    if total > epsilon:
-        raise PrivacyError(
-            f"{planned.steps} more steps would bring epsilon to {total:.3f} at delta = {delta:g}, "
-            f"above the budget of {epsilon:g}: {sum(s.steps for s in spent)} steps are spent, "
-            "interrupted rounds included. Nothing is trained"
+    if total <= epsilon:
+        return
+    step = Spend(
+        noise_multiplier=planned.noise_multiplier, sample_rate=planned.sample_rate, steps=1
+    )
+    fit = repeats_within(spent, step, epsilon=epsilon, delta=delta, most=planned.steps)
+    raise PrivacyError(
+        f"{planned.steps} more steps would bring epsilon from {epsilon_of(spent, delta):.3f} to "
+        f"{total:.3f} at delta = {delta:g}, above {budget} of {epsilon:g}: "
+        f"{sum(s.steps for s in spent)} steps are spent, interrupted rounds included. "
+        f"0 such rounds would still fit, {fit} of their steps. Nothing is trained"
+    )
+
+
+def repeats_within(
+    spent: Sequence[Spend], unit: Spend, *, epsilon: float, delta: float, most: int = 100_000
+) -> int:
+    """Return how often `unit` fits after `spent` within (epsilon, delta), at most `most`.
+
+    By bisection over the accountant: k fit and k + 1 do not, unless k = most.
+    """
+
+    def fits(count: int) -> bool:
+        more = Spend(
+            noise_multiplier=unit.noise_multiplier,
+            sample_rate=unit.sample_rate,
+            steps=max(count, 1) * unit.steps,
         )
+        return epsilon_of([*spent, more] if count else spent, delta) <= epsilon
+
+    low, high = 0, 1
+    while high < most and fits(high):
+        low, high = high, min(2 * high, most)
+    if high == most and fits(most):
+        return most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def epsilon_bounds(spends: Iterable[Spend], delta: float) -> tuple[float, float]:
+    """Return (low, high) between which the accountant guarantees the true ε to lie.
+
+    `high` is what epsilon_of gives. Beyond LARGEST_EPSILON nothing is computed: both are
+    infinity.
+    """
+    history = merged(spends)
+    high = _epsilon(history, delta)
+    if not history or math.isinf(high):
+        return high, high
+    accountant = _Accountant()
+    accountant.history = list(history)
+    error = _mesh_error(history, delta)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        prv = accountant._get_dprv(eps_error=error, delta_error=delta / 1000)
+        low = float(prv.compute_epsilon(delta, delta / 1000, error)[0])
+    return max(low, 0.0), high
 
 
 class _Accountant(PRVAccountant):  # type: ignore[misc]  # Opacus has no types
@@ -189,7 +256,7 @@ class _Accountant(PRVAccountant):  # type: ignore[misc]  # Opacus has no types
 History = tuple[tuple[float, float, int], ...]  # (σ, q, steps), as Opacus has it
 
 
-def _merged(spends: Iterable[Spend]) -> History:
+def merged(spends: Iterable[Spend]) -> History:
     """Return one entry per (σ, q), ascending: ε depends on the totals alone."""
     steps: dict[tuple[float, float], int] = {}
     for spend in spends:

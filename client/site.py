@@ -1,8 +1,9 @@
 """A site: a folder on its owner's disk, and what it does when the coordinator asks.
 
-    site.toml        name = "cardiology", data = "records.csv", device = "cpu", max_rank = 4
-    ledger.sqlite    privacy spent on its records, over all runs
+    site.toml        what its owner decides (site_file.py)
+    ledger.sqlite    privacy spent on its records, over all runs; ledger.head says how far it is
     personal/        what it trains for itself and never sends (personal.py)
+    clipping/        where adaptive clipping goes on (private_round.py)
 
 `Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
 (private if the run says so), ledger, delta, frame. It knows nothing of Flower. What goes wrong
@@ -14,29 +15,31 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
 from anabranch.client import feedback, personal
-from anabranch.client.data.records import Records, fingerprint, load_records, split
+from anabranch.client.data.records import Records, load_records, split
 from anabranch.client.ledger import Ledger
 from anabranch.client.memory import give_back
-from anabranch.client.privacy import DpPlan, plan_for, require_budget
+from anabranch.client.private_round import train_privately
+from anabranch.client.site_file import ledger_of, read_site
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.prefix import PrefixCache
-from anabranch.client.tuning.private import fit_private
 from anabranch.client.tuning.training import Fit, Schedule, fit, predict, steps_per_round
+from anabranch.client.witness import state_folder
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import (
@@ -50,20 +53,11 @@ from anabranch.protocols.errors import (
 )
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.protocols.spec import AdapterSpec, require_same_spec
-from anabranch.protocols.tables import Count, Device, Lora, Name
+from anabranch.protocols.tables import Device, Lora
 
 CLASSIFIERS = 2  # held per thread: that of the run, and the wider one of the private adapter
 
 log = logging.getLogger(__name__)
-
-
-class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """site.toml."""
-
-    name: Name
-    data: Annotated[str, msgspec.Meta(min_length=1)]  # relative to the site's folder
-    device: Device = "cpu"
-    max_rank: Count | None = None  # highest LoRA rank this machine trains; None: any
 
 
 def require_device(device: Device) -> None:
@@ -120,13 +114,7 @@ class Site:
 
     def __init__(self, folder: Path, models: Models = MODELS) -> None:
         self.folder = folder
-        file = folder / "site.toml"
-        try:
-            self._file = msgspec.toml.decode(file.read_bytes(), type=SiteFile)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{file}: {error}. A site's folder holds site.toml with name and data"
-            ) from None
+        self._file = read_site(folder)
         self.name = self._file.name
         self.data = (folder / self._file.data).resolve()
         self._models = models
@@ -140,8 +128,8 @@ class Site:
 
     @property
     def ledger(self) -> Ledger:
-        """Return the site's privacy ledger; it is opened for each use, and made if absent."""
-        return Ledger(self.folder / "ledger.sqlite")
+        """Return the site's privacy ledger."""
+        return ledger_of(self.folder, self._file)
 
     def records(self, config: RunConfig) -> tuple[Records, Records]:
         """Return (training, held-out) records; raise DataError listing every violation."""
@@ -179,14 +167,7 @@ class Site:
             result = self._fit(assignment, classifier, examples)
             done = {"steps": result.steps, "loss": result.loss}
         else:
-            plan = self._fit_private(assignment, classifier, examples, fingerprint(train))
-            done = {
-                "steps": config.training.local_steps,
-                "epsilon": self.ledger.epsilon(plan.delta),
-                "delta": plan.delta,
-                "noise_multiplier": plan.noise_multiplier,
-                "sample_rate": plan.sample_rate,
-            }
+            done = self._fit_private(assignment, classifier, examples, train.identities())
         if classifier.compute_base_digest() != adapter.spec.base:
             raise ModelError("the frozen base changed during training: nothing is sent")
         after = read_adapter(classifier)
@@ -311,30 +292,36 @@ class Site:
         )
 
     def _fit_private(
-        self, assignment: Assignment, classifier: Classifier, examples: Examples, identity: str
-    ) -> DpPlan:
-        """Reserve, train, settle; return the plan. A crash in between counts as spent."""
-        config, ledger = assignment.config, self.ledger
-        assert config.privacy is not None  # train() asks only then
-        assert config.training.local_steps is not None  # RunConfig requires it with privacy
-        steps = config.training.local_steps
-        plan = plan_for(config.privacy, config.training, config.federation.rounds, len(examples))
-        spent = ledger.history(assignment.run)
-        require_budget(spent, plan.spend(steps), epsilon=config.privacy.epsilon, delta=plan.delta)
-        entry = ledger.reserve(identity, assignment.run, assignment.round, plan.spend(steps))
-        done = fit_private(
-            classifier,
-            examples,
-            plan,
-            config.training,
-            steps=steps,
-            step_offset=(assignment.round - 1) * steps,
-            proximal_mu=config.federation.proximal_mu,
-            part=assignment.part,
-            kept=config.kept,
-        )
-        ledger.settle(entry, done.spend)
-        return plan
+        self,
+        assignment: Assignment,
+        classifier: Classifier,
+        examples: Examples,
+        rows: Sequence[bytes],
+    ) -> dict[str, Any]:
+        """Train one private round; an error's text leaves, so it does not say where files lie."""
+        try:
+            return train_privately(
+                assignment,
+                classifier,
+                examples,
+                rows,
+                folder=self.folder,
+                ledger=self.ledger,
+                budget=self._file.budget,
+            )
+        except PrivacyError as error:
+            if (text := self._without_paths(str(error))) == str(error):
+                raise
+            log.warning("%s: %s", self.name, error)
+            raise PrivacyError(text) from error
+
+    def _without_paths(self, text: str) -> str:
+        folders = {self.folder, self.folder.absolute(), self.folder.resolve()}
+        if self._file.ledger_witness == "state":
+            folders.add(state_folder())
+        for folder in folders:
+            text = text.replace(f"{folder}{os.sep}", "")
+        return text
 
 
 def _schedule(assignment: Assignment, steps: int) -> Schedule:

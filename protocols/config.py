@@ -19,6 +19,7 @@ from anabranch.protocols.tables import (
     ONE_FACTOR,
     REGAUGED,
     RESIDUAL,
+    SEPARABLE,
     ClientPrivacy,
     Column,
     Contract,
@@ -73,6 +74,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         moments = self.server is not None or federation.buffer is not None
         if no_factors or moments or federation.normalize_steps:
             return "fedavg"
+        # Client-level noise enters B A exactly with one factor a round, and with the norm it was
+        # drawn with; noise on both factors at once has a product of its own. So it changes nothing.
         one_factor = federation.mixed_ranks or self.robust is not None or self.uplink.error_feedback
         return "altqr" if one_factor or self.privacy is None else "fedavg"
 
@@ -161,6 +164,8 @@ def _check(config: RunConfig) -> None:
     _check_method(config)
     if config.privacy is not None:
         _check_private(config)
+    if config.client_privacy is not None:
+        _check_client_private(config.client_privacy, config)
 
 
 def _check_method(config: RunConfig) -> None:
@@ -271,4 +276,52 @@ def _check_private(config: RunConfig) -> None:
         raise ConfigError(
             'training.class_weights = "balanced" is computed from the records and '
             "would not be covered by [privacy]: give one fixed number per label"
+        )
+
+
+def _check_client_private(privacy: ClientPrivacy, config: RunConfig) -> None:
+    """Refuse what would release more than the accounted sums, or break their sensitivity."""
+    federation, method, goes = config.federation, config.method, "[client_privacy] does not go with"
+    if method not in SEPARABLE:
+        raise ConfigError(
+            f'{goes} federation.method = "{method}": its clients send factors whose products are '
+            f"added, not one update each. Take one of {', '.join(sorted(SEPARABLE))}"
+        )
+    if federation.mixed_ranks:
+        raise ConfigError(
+            f"{goes} federation.mixed_ranks: noise covers one part, which all sites train"
+        )
+    if federation.buffer is not None:
+        raise ConfigError(
+            f"{goes} federation.buffer: who is fast enough is no Poisson sample. Leave buffer out"
+        )
+    if config.robust is not None:
+        raise ConfigError(
+            f"{goes} [robust]: every update is clipped already, and the sensitivity of a robust "
+            "rule is not known. Leave [robust] out"
+        )
+    if federation.normalize_steps:
+        raise ConfigError(
+            f"{goes} federation.normalize_steps: steps are counts of records, and not noised. "
+            "Leave it out, and set training.local_steps"
+        )
+    if federation.quorum != 1:
+        raise ConfigError(
+            f"{goes} federation.quorum = {federation.quorum}: a cohort is a random sample, and a "
+            "round whose size decided something would tell who took part. Leave quorum out"
+        )
+    if federation.client_evaluation and config.training.holdout > 0:
+        raise ConfigError(
+            f"{goes} federation.client_evaluation: metrics of clients are not noised. Set "
+            "client_evaluation = false, and give the coordinator records of its own"
+        )
+    if federation.weighting == "examples" and privacy.max_examples is None:
+        raise ConfigError(
+            f'{goes} federation.weighting = "examples": a weight without a cap has no '
+            'sensitivity. Set federation.weighting = "uniform", or client_privacy.max_examples'
+        )
+    if federation.weighting == "uniform" and privacy.max_examples is not None:
+        raise ConfigError(
+            'client_privacy.max_examples is for federation.weighting = "examples": leave one of '
+            "the two out"
         )

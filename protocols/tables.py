@@ -118,6 +118,7 @@ Method = Literal[
 ONE_FACTOR = frozenset({"ffa", "rolora", "altqr", "fedsa"})  # clients send A or B, never both
 RESIDUAL = frozenset({"fedex", "flora"})  # an extra adapter holds what the factors cannot
 BUFFERED = frozenset({"fedavg", "ffa", "fedsa"})  # a late delta still fits
+SEPARABLE = ONE_FACTOR | {"fedavg"}  # a client's update can be clipped and added by itself
 REGAUGED = frozenset({"altqr", "fedex", "flora", "flexlora"})  # factors change between rounds
 
 

@@ -26,6 +26,7 @@ from anabranch.client.data.records import Records, load_records
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig, parse
 from anabranch.protocols.errors import AnabranchError, ConfigError
+from anabranch.server.client_privacy import plan_of
 from anabranch.server.evaluation import evaluator, initial_adapter, require_shared_model
 from anabranch.server.outcome import Finished, conclude
 from anabranch.server.result import Result
@@ -74,6 +75,7 @@ def coordinate(
     text = _read(run_toml)
     config = parse(text, source=str(run_toml))
     require_shared_model(config, validation=validation, test=test)
+    plan_of(config)  # refuses before anything is written or anybody asked
     own, held_back = (_records(path, config) for path in (validation, test))
     started = time.monotonic()
     folder = RunFolder.create(output, text)

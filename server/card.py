@@ -7,38 +7,27 @@ nothing computed from records beyond the metrics it is given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from anabranch.edge.runtime.manifest import FP32, INT8, File
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.spec import AdapterSpec
-from anabranch.protocols.tables import Column, Privacy
+from anabranch.protocols.tables import Column
+from anabranch.server.statement import PrivacyStatement, RunFacts, SitePrivacy, state
+from anabranch.server.statement_text import (
+    DISCLOSURE_HEAD,
+    GROUP_HEAD,
+    LEGEND,
+    SITE_HEAD,
+    disclosure_rows,
+    group_note,
+    group_rows,
+    limits,
+    paragraphs,
+    site_rows,
+)
 
-
-@dataclass(frozen=True, kw_only=True)
-class SitePrivacy:
-    """What one site spent on its records, as its ledger says."""
-
-    site: str
-    epsilon: float  # all runs on these records composed
-    delta: float
-    noise_multiplier: float  # σ
-    sample_rate: float  # q
-    steps: int  # noisy steps of this run
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What the coordinator knows about the run behind a release."""
-
-    run: str
-    base_name: str  # as in model.base
-    rounds: int  # that reached their quorum
-    best_round: int
-    sites: tuple[str, ...]  # that sent at least one delta which counted
-    privacy: tuple[SitePrivacy, ...] = ()  # one per site in a private run
-    versions: Mapping[str, str] = field(default_factory=dict)  # package -> version
+__all__ = ["Checks", "RunFacts", "SitePrivacy", "model_card"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +46,6 @@ class Checks:
     threads: int
 
 
-NOT_COVERED = (
-    "the number of records of a site, which is sent with every delta and weighs it",
-    "that a site took part, when, for how long, and with which σ and q",
-    "metrics on held-out records, and the choice of the best round by them",
-    "the choice of this configuration, if it was searched on the same records",
-    "more than one record about the same person: k records cost about k·ε",
-    "attacks on floating-point noise, and the records the base was trained on",
-)
-
-
 def model_card(
     config: RunConfig,
     facts: RunFacts,
@@ -76,7 +55,7 @@ def model_card(
 ) -> str:
     """Return the card in Markdown; `files` are those of the release but the card itself.
 
-    Raises PrivacyError when the run was private and a site has no privacy facts.
+    Raises PrivacyError when the run was private and its statement lacks a number.
     """
     sections = (
         f"# {config.name}",
@@ -84,7 +63,7 @@ def model_card(
         "## Base\n\n" + _base(config, facts, spec),
         "## Data contract\n\n" + _contract(config),
         "## Training\n\n" + _training(config, facts, spec),
-        "## Privacy\n\n" + privacy_statement(config.privacy, facts),
+        "## Privacy\n\n" + privacy_section(state(config, facts)),
         "## Metrics\n\n" + _metrics(checks),
         "## Use\n\n" + _use(config, checks),
         "## Files\n\n" + _files(files),
@@ -92,61 +71,36 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def privacy_statement(privacy: Privacy | None, facts: RunFacts) -> str:
-    """Return what was guaranteed to whom, and what was not; or that nothing was."""
-    if privacy is None:
-        return (
-            "There is no differential privacy: this model was trained on the records as they "
-            "are. It may have memorised some of them; treat it as you treat the records."
-        )
-    missing = sorted(set(facts.sites) - {one.site for one in facts.privacy})
-    if missing:
-        raise PrivacyError(
-            f"release: no privacy facts of site {missing[0]!r}, so the card cannot state its ε; "
-            "nothing is released"
-        )
-    rows = [
-        (
-            one.site,
-            f"{one.epsilon:.3f}",
-            f"{one.delta:.3g}",
-            f"{one.noise_multiplier:.4f}",
-            f"{one.sample_rate:.6f}",
-            str(one.steps),
-        )
-        for one in sorted(facts.privacy, key=lambda one: one.site)
+def privacy_section(statement: PrivacyStatement) -> str:
+    """Return both guarantees, what else is released, and what is not covered, in Markdown."""
+    parts = paragraphs(statement)
+    if not statement.disclosures:
+        return "\n\n".join(parts)
+    if site_rows(statement):
+        parts += [
+            "### Every site",
+            _table(SITE_HEAD, site_rows(statement)),
+            _bullets(LEGEND),
+            "### Several records of one patient",
+            *filter(None, (group_note(statement),)),
+            _table(GROUP_HEAD, group_rows(statement)),
+        ]
+    parts += [
+        "### Everything else that leaves or is published",
+        _table(DISCLOSURE_HEAD, disclosure_rows(statement)),
+        "### Not covered by any guarantee",
+        _bullets(limits(statement)),
     ]
-    return (
-        guarantee(privacy, facts)
-        + "\n\n"
-        + _table(("site", "ε", "δ", "σ", "q", "steps"), rows)
-        + "\n\nNot covered:\n\n"
-        + "\n".join(f"* {line};" for line in NOT_COVERED).rstrip(";")
-        + "."
-    )
-
-
-def guarantee(privacy: Privacy, facts: RunFacts) -> str:
-    """Return what holds for every site of a private run, without the numbers of each."""
-    clipping = "automatic (AUTO-S)" if privacy.clipping == "automatic" else "flat"
-    return (
-        f"For every site below, the sequence of all messages that it sent in rounds 1 to "
-        f"{facts.rounds} is (ε, δ)-differentially private, against the coordinator and everyone "
-        "who sees what it publishes, this release included.\n\n"
-        "* Unit: one record of the site's training set.\n"
-        "* Neighbouring data sets: one record is added or removed.\n"
-        f"* Mechanism: DP-SGD, Poisson sampling, {clipping} clipping to ℓ2 norm "
-        f"{privacy.clipping_norm:g}, Gaussian noise of σ times that norm at every step.\n"
-        "* Accountant: PRV, all runs on the same records composed.\n"
-        f"* Target of this run: ε = {privacy.epsilon:g} per site."
-    )
+    return "\n\n".join(parts)
 
 
 def _summary(config: RunConfig, facts: RunFacts) -> str:
     kind = config.task.kind.replace("-", " ")
+    who = f"{_count(len(facts.sites), 'site')} ({_cells(facts.sites)})"
+    if config.client_privacy is not None:  # names would tell who took part
+        who = f"clients, drawn from {config.client_privacy.population},"
     return (
-        f"A model for {kind} with {len(config.task.labels)} labels, fine-tuned by "
-        f"{_count(len(facts.sites), 'site')} ({_cells(facts.sites)}) over "
+        f"A model for {kind} with {len(config.task.labels)} labels, fine-tuned by {who} over "
         f"{_count(facts.rounds, 'round')}; the records never left them. "
         f"Run `{facts.run}`, configuration `{config.digest()}`."
     )
@@ -275,15 +229,19 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"* {line};" for line in lines).removesuffix(";") + "."
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:
-    """Return text that cannot break out of a table cell or become HTML."""
-    plain = " ".join(text.split()).replace("<", "&lt;")
-    return plain.replace("|", "\\|")
+    """Return text that cannot break out of a table cell, or become HTML or a link."""
+    plain = " ".join(text.split()).replace("\\", "&#92;").replace("<", "&lt;")
+    return plain.replace("](", "&#93;(").replace("|", "\\|")
 
 
 def _cells(names: Sequence[str]) -> str:

@@ -12,15 +12,10 @@ from anabranch.client.data.records import Records
 from anabranch.client.site import MODELS
 from anabranch.client.tuning.metrics import confusion, evaluate
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import ReleaseError
-from anabranch.server.card import (
-    NOT_COVERED,
-    RunFacts,
-    SitePrivacy,
-    guarantee,
-    privacy_statement,
-)
+from anabranch.protocols.errors import PrivacyError, ReleaseError
+from anabranch.server.aggregation.private import ClientPlan
 from anabranch.server.charts import Comparison
+from anabranch.server.client_privacy import plan_of
 from anabranch.server.evaluation import logits, no_shared_model, require_shared_model
 from anabranch.server.release import Release, make_release
 from anabranch.server.report import Failure, ReleaseFile, ReportData, write_report
@@ -32,6 +27,8 @@ from anabranch.server.series import (
     site_accuracy,
     site_bars,
 )
+from anabranch.server.statement import PrivacyStatement, RunFacts, SitePrivacy, state
+from anabranch.server.statement_text import as_json
 from anabranch.server.store import RunFolder
 
 PACKAGES = (
@@ -56,6 +53,7 @@ class Finished:
     folder: RunFolder
     result: Result
     label_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)  # known in simulation
+    client_plan: ClientPlan | None = None  # None: that of the configuration
 
 
 def conclude(
@@ -89,34 +87,55 @@ def conclude(
 
 
 def facts_of(finished: Finished) -> RunFacts:
-    """Return what the model card states about the run."""
+    """Return what the model card states about the run.
+
+    Raises PrivacyError if a site's σ, q or δ changed within the run: no plan allows that.
+    """
     result, config = finished.result, finished.config
-    last = {name: one for report in result.history for name, one in report.trained.items()}
-    privacy = []
-    for name, one in sorted(last.items()):
-        if one.epsilon is None or config.training.local_steps is None:
-            continue
-        assert one.delta is not None  # a private report has all four or none
-        assert one.noise_multiplier is not None
-        assert one.sample_rate is not None
-        privacy.append(
-            SitePrivacy(
-                site=name,
-                epsilon=one.epsilon,
-                delta=one.delta,
-                noise_multiplier=one.noise_multiplier,
-                sample_rate=one.sample_rate,
-                steps=config.training.local_steps * result.sites[name].rounds,
-            )
-        )
+    names = sorted({name for report in result.history for name in report.trained})
+    privacy = [] if config.privacy is None else [_spent(name, result) for name in names]
     return RunFacts(
         run=finished.run,
         base_name=config.model.base,
         rounds=len(result.history),
         best_round=result.best_round,
-        sites=tuple(sorted(last)),
-        privacy=tuple(privacy),
+        sites=tuple(names),
+        privacy=tuple(one for one in privacy if one is not None),
+        client=finished.client_plan or plan_of(config),
+        simulated=bool(finished.label_counts),
         versions=versions(),
+    )
+
+
+def statement_of(finished: Finished) -> PrivacyStatement:
+    """Return what the run guarantees; PrivacyError if a number of it is missing."""
+    return state(finished.config, facts_of(finished))
+
+
+def _spent(site: str, result: Result) -> SitePrivacy | None:
+    """Return what a site said that it spent, over its deltas that counted; None: it did not."""
+    said = [report.trained[site] for report in result.history if site in report.trained]
+    last = said[-1]
+    mechanisms = {(one.noise_multiplier, one.sample_rate, one.delta) for one in said}
+    if len(mechanisms) > 1:
+        raise PrivacyError(
+            f"site {site!r} states {len(mechanisms)} different (σ, q, δ) in one run: "
+            f"{sorted(mechanisms, key=str)}. Its records or its configuration changed on the way, "
+            "so no single guarantee can be stated; nothing is released"
+        )
+    numbers = (last.epsilon, last.delta, last.noise_multiplier, last.sample_rate)
+    if None in numbers:
+        return None
+    epsilon, delta, noise_multiplier, sample_rate = (float(n) for n in numbers if n is not None)
+    return SitePrivacy(
+        site=site,
+        epsilon=epsilon,
+        delta=delta,
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        steps=sum(one.steps for one in said),
+        engine=", ".join(sorted({one.engine for one in said if one.engine is not None})) or None,
+        ledger=last.ledger,
     )
 
 
@@ -142,8 +161,12 @@ def measure(finished: Finished, test: Records) -> tuple[dict[str, float], list[l
 
 
 def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
-    """Return what every summary.json holds, before accuracies and release."""
-    result = finished.result
+    """Return what every summary.json holds, before accuracies and release.
+
+    With [client_privacy] nothing in it tells who took part, or how many: what is computed from
+    that is empty or None. Raises PrivacyError if the run's guarantees cannot be stated.
+    """
+    result, named = finished.result, finished.config.client_privacy is None
     return {
         "name": finished.config.name,
         "run": finished.run,
@@ -161,9 +184,10 @@ def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
         "sites": {name: asdict(row) for name, row in result.sites.items()},
         "site_accuracy": site_accuracy(result),
         "aggregation": aggregation_of(finished.config),
-        "aggregation_error": [r.aggregation_error for r in result.history],
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
+        "aggregation_error": [r.aggregation_error for r in result.history] if named else [],
+        "privacy": as_json(statement_of(finished)),
+        "bytes_up": result.bytes_up if named else None,
+        "bytes_down": result.bytes_down if named else None,
         "seconds": seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": versions(),
@@ -197,7 +221,8 @@ def report(
     **texts: Any,
 ) -> None:
     """Write report.html; `others` are further runs whose curves are drawn beside this one's."""
-    config, result, facts = finished.config, finished.result, facts_of(finished)
+    config, result = finished.config, finished.result
+    hidden = config.client_privacy is not None  # who took part
     named = {_series_name(finished): finished, **(others or {})}
     histories = {name: one.result.history for name, one in named.items()}
     write_report(
@@ -209,18 +234,17 @@ def report(
             accuracy=metric_curves(histories, "accuracy"),
             loss=metric_curves(histories, "loss"),
             site_accuracy=at_sites or site_bars({name: one.result for name, one in named.items()}),
-            aggregation_error=error_curves(histories),
+            aggregation_error={} if hidden else error_curves(histories),
             aggregation=aggregation_of(config),
-            label_counts=finished.label_counts,
-            failures=tuple(
+            label_counts={} if hidden else finished.label_counts,
+            failures=None
+            if hidden
+            else tuple(
                 Failure(round=r.round, site=site, reason=f"{f.reason}: {f.message}")
                 for r in result.history
                 for site, f in sorted(r.failed.items())
             ),
-            privacy=privacy_statement(None, facts)
-            if config.privacy is None
-            else guarantee(config.privacy, facts),
-            not_covered=() if config.privacy is None else NOT_COVERED,
+            privacy=statement_of(finished),
             epsilon={
                 site: {
                     r.round: epsilon
@@ -231,8 +255,8 @@ def report(
                 if row.epsilon is not None
             },
             epsilon_target=None if config.privacy is None else config.privacy.epsilon,
-            bytes_up={r.round: r.bytes_up for r in result.history},
-            bytes_down={r.round: r.bytes_down for r in result.history},
+            bytes_up={} if hidden else {r.round: r.bytes_up for r in result.history},
+            bytes_down={} if hidden else {r.round: r.bytes_down for r in result.history},
             confusion=matrix,
             release=() if made is None else _release_files(made),
             seed=config.seed,

@@ -57,7 +57,8 @@ from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ReleaseError
-from anabranch.server.card import Checks, RunFacts, model_card, privacy_statement
+from anabranch.server.card import Checks, RunFacts, model_card
+from anabranch.server.statement import state
 
 FP32_TOLERANCE = 1e-3  # accuracy, or one record if that is more: ties may break differently
 LATENCY_RUNS = 50
@@ -99,7 +100,7 @@ def make_release(
             there is no folder. Or the int8 model loses more than config.release.int8_tolerance
             of accuracy: then the release is there, without the int8 model, and says so.
         ModelError: the base cannot be exported, or its tokenizer is not WordPiece.
-        PrivacyError: a private run without the privacy facts of every site.
+        PrivacyError: a private run without every number of its privacy statement.
     """
     if folder.exists():
         raise ReleaseError(f"{folder} exists already: move it away, or release elsewhere")
@@ -108,7 +109,7 @@ def make_release(
             f"a release is checked on held-out records: got {len(inputs)} inputs and "
             f"{len(labels)} labels"
         )
-    privacy_statement(config.privacy, facts)  # refuse before the work, not after it
+    state(config, facts)  # refuse before the work, not after it
     load_adapter(classifier, adapter)
     with _staged(folder) as stage, _on_cpu(classifier):
         graphs = _write_models(stage, classifier, adapter, config, facts)

@@ -18,6 +18,22 @@ from anabranch.server import figures
 from anabranch.server.charts import Comparison
 from anabranch.server.figures import Curves
 from anabranch.server.page import ABSENT, bullets, paragraph, table
+from anabranch.server.statement import PrivacyStatement
+from anabranch.server.statement_text import (
+    APART,
+    DISCLOSURE_HEAD,
+    GROUP_HEAD,
+    LEGEND,
+    SITE_HEAD,
+    client_paragraphs,
+    disclosure_rows,
+    group_note,
+    group_rows,
+    limits,
+    paragraphs,
+    record_paragraphs,
+    site_rows,
+)
 from anabranch.server.svg import (
     EPSILON,
     LOSS,
@@ -82,8 +98,7 @@ class ReportData:
     labels: Sequence[str] = ()  # order = index
     label_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)  # site -> per label
     failures: Sequence[Failure] | None = None  # None: not known; (): there were none
-    privacy: str = ""  # the statement
-    not_covered: Sequence[str] = ()
+    privacy: PrivacyStatement | None = None  # None: nothing is said; not "no privacy"
     epsilon: Curves = field(default_factory=dict)  # site -> round -> spent so far, cumulative
     epsilon_target: float | None = None
     bytes_up: Mapping[int, int] = field(default_factory=dict)  # round -> sites to coordinator
@@ -128,11 +143,7 @@ def _headline(data: ReportData) -> Markup:
     shown = [
         (percent(row.accuracy), f"accuracy, {row.name}") for row in data.comparison if row.ours
     ]
-    spent = [value for rounds in data.epsilon.values() for value in rounds.values()]
-    if spent:
-        target = data.epsilon_target
-        aim = "" if target is None else f"; target {EPSILON.value(target)}"
-        shown.append((f"ε = {EPSILON.value(max(spent))}", f"most that one site spent{aim}"))
+    shown += _epsilons(data)
     up, down = sum(data.bytes_up.values()), sum(data.bytes_down.values())
     if up or down:
         shown.append((size(up + down), f"moved: {size(up)} up, {size(down)} down"))
@@ -145,6 +156,22 @@ def _headline(data: ReportData) -> Markup:
         for value, what in shown
     ]
     return element("div", *boxes, class_="figures") if boxes else Markup("")
+
+
+def _epsilons(data: ReportData) -> list[tuple[str, str]]:
+    """Return what the run cost a record, and what it cost a client, each by itself."""
+    shown, stated = [], data.privacy
+    spent = [value for rounds in data.epsilon.values() for value in rounds.values()]
+    if stated is not None and stated.record is not None:
+        spent.append(stated.record.epsilon)
+    if spent:
+        target = data.epsilon_target
+        aim = "" if target is None else f"; target {EPSILON.value(target)}"
+        shown.append((f"ε = {EPSILON.value(max(spent))}", f"a record, most of any site{aim}"))
+    if stated is not None and (plan := stated.client) is not None:
+        what = f"a client with all its records; {plan.population} clients"
+        shown.append((f"ε = {EPSILON.value(plan.epsilon)}", what))
+    return shown
 
 
 def _result(data: ReportData) -> list[Markup]:
@@ -184,14 +211,52 @@ def _sites(data: ReportData) -> list[Markup]:
 
 
 def _privacy(data: ReportData) -> list[Markup]:
-    parts = [element("blockquote", text(data.privacy))] if data.privacy else []
-    if data.not_covered:
-        parts += [element("h3", text("What this does not cover")), bullets(data.not_covered)]
+    parts = [] if data.privacy is None else _statement(data.privacy)
     target = None if data.epsilon_target is None else ("target", data.epsilon_target)
     says = "Cumulative: after each round, all steps so far composed."
     return parts + figures.curves(
         "ε spent per site", says, data.epsilon, unit=EPSILON, y_title="ε", limit=target, zero=True
     )
+
+
+def _statement(statement: PrivacyStatement) -> list[Markup]:
+    """Return both guarantees apart, each with its tables, then all other releases."""
+    if not statement.disclosures:
+        return [_quote(paragraphs(statement))]
+    both = [] if not (statement.record and statement.client) else [paragraph(APART)]
+    parts = [
+        *both,
+        element("h3", text("Record level")),
+        _quote(record_paragraphs(statement.record)),
+    ]
+    if rows := site_rows(statement):
+        several = (
+            f"Several records of one patient at a site, this run alone. {group_note(statement)}"
+        )
+        parts += [
+            table(SITE_HEAD, rows, kinds="tnnnnnntm", caption="Every site"),
+            bullets(LEGEND),
+            table(
+                GROUP_HEAD,
+                group_rows(statement),
+                kinds="t" + "n" * (len(GROUP_HEAD) - 1),
+                caption=several.strip(),
+            ),
+        ]
+    others = [[w, s.replace(" ", "\u00a0"), y] for w, s, y in disclosure_rows(statement)]
+    return [
+        *parts,
+        element("h3", text("Client level")),
+        _quote(client_paragraphs(statement)),
+        element("h3", text("Everything else that leaves or is published")),
+        table(DISCLOSURE_HEAD, others, kinds="ttt"),
+        element("h3", text("Not covered by any guarantee")),
+        bullets(limits(statement)),
+    ]
+
+
+def _quote(lines: Sequence[str]) -> Markup:
+    return element("blockquote", text("\n\n".join(lines)))
 
 
 def _traffic(data: ReportData) -> list[Markup]:

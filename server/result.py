@@ -52,6 +52,11 @@ class SiteRow:
     seconds: float = 0.0  # of local training
     epsilon: float | None = None  # (ε, δ) spent on its records, as it says
     delta: float | None = None
+    noise_multiplier: float | None = None  # σ, q and steps of its last delta that counted
+    sample_rate: float | None = None
+    steps: int = 0
+    engine: str | None = None  # that clipped the gradients of a private run
+    ledger: str | None = None  # head of its hash-chained ledger after that delta, hex
 
     def plus(self, **counts: float) -> SiteRow:
         """Return this row with `counts` added."""
@@ -65,6 +70,11 @@ class SiteRow:
             num_examples=trained.num_examples,
             epsilon=trained.epsilon,
             delta=trained.delta,
+            noise_multiplier=trained.noise_multiplier,
+            sample_rate=trained.sample_rate,
+            steps=trained.steps,
+            engine=trained.engine,
+            ledger=trained.ledger,
         )
 
 

@@ -23,15 +23,18 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.messages import Evaluated
 from anabranch.server.aggregation.choose import rule_for
+from anabranch.server.aggregation.private import ClientPrivate, require_planned
 from anabranch.server.aggregation.rule import Rule
 from anabranch.server.assigning import Assigner
 from anabranch.server.buffered_rounds import Buffered
 from anabranch.server.change import update_norm
+from anabranch.server.client_privacy import PoissonCohorts, epsilon_after, plan_of, published
 from anabranch.server.exchange import Events, Exchange
 from anabranch.server.flower import Peer, Question, read_evaluated
 from anabranch.server.result import Result, RoundReport, mean_metrics
@@ -39,7 +42,12 @@ from anabranch.server.synchronous import Synchronous
 
 
 class RoundEngine:
-    """Runs `config.federation` over `grid`; see the module's docstring."""
+    """Runs `config.federation` over `grid`; see the module's docstring.
+
+    With [client_privacy], `randomness` draws cohorts and noise: leave it out but for tests, and
+    a new key comes from the operating system. Raises ConfigError for tables that need what is
+    not there, PrivacyError if the run cannot be client-private; nobody has been asked then.
+    """
 
     def __init__(
         self,
@@ -48,6 +56,7 @@ class RoundEngine:
         *,
         run: str,
         rule: Rule[Any] | None = None,
+        randomness: Randomness | None = None,
         evaluate: Callable[[Adapter], Mapping[str, float]] | None = None,
         checkpoint: Callable[[int, Adapter], None] = lambda round, adapter: None,
         event: Events = lambda kind, **fields: None,
@@ -59,7 +68,10 @@ class RoundEngine:
         federation = config.federation
         # A private run releases no metrics of its records, so its clients are not asked.
         self._asks_clients = (
-            federation.client_evaluation and config.training.holdout > 0 and config.privacy is None
+            federation.client_evaluation
+            and config.training.holdout > 0
+            and config.privacy is None
+            and config.client_privacy is None
         )
         if federation.early_stopping and not (self._asks_clients or evaluate):
             raise ConfigError(
@@ -67,7 +79,13 @@ class RoundEngine:
                 "training.holdout above 0, or give the coordinator records of its own"
             )
         self._config, self._event, self._clock = config, event, clock
-        self._rule: Rule[Any] = rule or rule_for(config)
+        self._plan, secret = plan_of(config), randomness or Randomness.fresh()
+        if rule is not None and self._plan is not None:
+            raise ConfigError(
+                "[client_privacy] is built around the rule of run.toml: give no other"
+            )
+        self._rule: Rule[Any] = rule or rule_for(config, self._plan, secret.normal)
+        cohorts = None if self._plan is None else PoissonCohorts(self._plan, secret.sample)
         self._own_metrics, self._checkpoint = evaluate, checkpoint
         self._exchange = Exchange(
             grid,
@@ -81,7 +99,7 @@ class RoundEngine:
         )
         self._assigner = Assigner(rule=self._rule, config=config, run=run)
         self._sites: Synchronous | Buffered = (
-            Synchronous(self._exchange, self._assigner)
+            Synchronous(self._exchange, self._assigner, cohorts)
             if federation.buffer is None
             else Buffered(self._exchange, self._assigner, federation.buffer)
         )
@@ -106,9 +124,11 @@ class RoundEngine:
             if patience is not None and number - best_round >= patience:
                 self._event("stopped_early", round=number, best_round=best_round)
                 break
+        if self._plan is not None:
+            require_planned(self._plan, state.made, len(history))
         self._event("run_finished", rounds=len(history), best_round=best_round)
         rows = dict(sorted(self._exchange.sites.items()))
-        return Result(
+        result = Result(
             adapter=adapter,
             best_adapter=best,
             best_round=best_round,
@@ -118,11 +138,14 @@ class RoundEngine:
             bytes_down=sum(row.bytes_down for row in rows.values()),
             seconds=self._clock() - started,
         )
+        return result if self._plan is None else published(result)
 
     def _round(self, number: int, adapter: Adapter, state: Any) -> tuple[Adapter, Any, RoundReport]:
         started, federation, rule = self._clock(), self._config.federation, self._rule
         sent = rule.open(state, adapter, number)
         state, merged, training = self._sites.merge(number, state, sent)
+        if self._plan is not None:
+            self._noised(number, state)
         self._checkpoint(number, merged.adapter)
         moved = update_norm(sent, merged.adapter, regauged=rule.regauges)
         error = merged.error if merged.error is None or math.isfinite(merged.error) else None
@@ -163,6 +186,21 @@ class RoundEngine:
             "round_evaluated", round=number, client=report.client, coordinator=report.coordinator
         )
         return merged.adapter, state, report
+
+    def _noised(self, number: int, state: ClientPrivate[Any]) -> None:
+        """Check the round's noise against the plan before anything of it is written."""
+        assert self._plan is not None
+        require_planned(self._plan, state.made, number)
+        self._event(
+            "client_noise",
+            round=number,
+            noise_multiplier=state.made[-1],
+            noisy_rounds=len(state.made),
+            clipping_norm=state.clipped_at,
+            next_clipping_norm=state.clipping_norm,
+            share_within=state.share,
+            epsilon=epsilon_after(self._plan, number),
+        )
 
     def _evaluate(self, number: int, adapter: Adapter, due: bool) -> Question[Evaluated]:
         """Return the metrics of every site that is free and has held-out records, if due."""

@@ -5,7 +5,9 @@
          └ too few until connect_s:     └ fewer than the quorum until deadline_s:
            RunError                       RunError, with each site and its reason
 
-Cohorts are drawn from (seed, round) over the sites' names.
+Cohorts are drawn from (seed, round) over the sites' names. In a client-private run they are
+Poisson samples from a secret stream, and there is no quorum: a round's size must decide nothing,
+so few deltas, or none, are a round as any other, of the same noise.
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ from anabranch.protocols.errors import RunError
 from anabranch.protocols.messages import Trained
 from anabranch.server.aggregation.rule import Merged
 from anabranch.server.assigning import Assigner
+from anabranch.server.client_privacy import PoissonCohorts
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Peer, Question
 
 
 class Synchronous:
-    """Asks every round's cohort, and merges its deltas."""
+    """Asks every round's cohort, and merges its deltas; `private`: how cohorts are drawn."""
 
-    def __init__(self, exchange: Exchange, assigner: Assigner) -> None:
-        self._exchange, self._assigner = exchange, assigner
+    def __init__(
+        self, exchange: Exchange, assigner: Assigner, private: PoissonCohorts | None = None
+    ) -> None:
+        self._exchange, self._assigner, self._private = exchange, assigner, private
         self._config = exchange.config
 
     def merge(
@@ -49,6 +54,8 @@ class Synchronous:
         return state, merged, question
 
     def _drawn(self, number: int, peers: Mapping[str, Peer]) -> dict[str, Peer]:
+        if self._private is not None:
+            return {name: peers[name] for name in self._private.draw(list(peers))}
         size = self._config.federation.cohort
         if size is None or size >= len(peers):
             return dict(peers)
@@ -74,5 +81,7 @@ class Synchronous:
         exchange.close(question)
         for name, trained in question.reports.items():
             exchange.sites[name] = exchange.sites[name].after(trained)
+        if self._private is not None:
+            return
         if len(question.reports) < self._config.federation.quorum:
             raise RunError(exchange.below_quorum(question))

@@ -171,6 +171,7 @@ def _site(run: Path, name: str, data: Path, experiment: Experiment) -> Path:
         f"name = {msgspec.json.encode(name).decode()}",
         f"data = {msgspec.json.encode(str(data.resolve())).decode()}",
         f'device = "{experiment.device}"',
+        'ledger_witness = "folder"',  # nothing of a simulation outlives its run folder
     ]
     if name in experiment.ranks:
         lines.append(f"max_rank = {experiment.ranks[name]}")

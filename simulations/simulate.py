@@ -9,6 +9,7 @@ from typing import Any
 
 from anabranch.client.data.records import Records, load_records
 from anabranch.protocols.tables import Device
+from anabranch.server.client_privacy import plan_of
 from anabranch.server.outcome import conclude
 from anabranch.server.store import RunFolder
 from anabranch.simulations.engines import Engine
@@ -25,10 +26,12 @@ def simulate(
 ) -> dict[str, Any]:
     """Run the experiment in `path`, write everything to `output`, and return summary.json.
 
-    Raises ConfigError, DataError or RunError; what was done until then is in `output`.
+    Raises ConfigError, PrivacyError, DataError or RunError; what was done until then is in
+    `output`.
     """
     started = time.monotonic()
     experiment = load(path)
+    plan_of(experiment.config)  # refuses before anything is written or anybody asked
     experiment = dataclasses.replace(
         experiment, engine=engine or experiment.engine, device=device or experiment.device
     )

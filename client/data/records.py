@@ -15,8 +15,9 @@ A label is its index in task.labels. Columns that the task does not use (a text 
 task, say) are checked and then dropped.
 
 A record's hash is the SHA-256 of its canonical bytes (kind, shape, little-endian values,
-label). It is the record's identity here: the fingerprint is made of hashes, and the split is
-drawn by them, so that neither depends on the order of a file.
+label): what the model sees. The fingerprint is made of hashes, and the split is drawn by them,
+so that neither depends on the order of a file. Whose privacy was spent is another question:
+`rows` holds the hash of the whole row in the site's file (rows.py), which no contract changes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 
 from anabranch.client.data.contract import accept
 from anabranch.client.data.read import Table, read_table
+from anabranch.client.data.rows import row_hashes
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.tables import Column
 
@@ -42,10 +44,13 @@ class Records:
 
     inputs: list[str] | NDArray[np.float32]
     labels: NDArray[np.int64]
+    rows: tuple[bytes, ...] | None = None  # hashes of the rows; None: not read from a file
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.labels):
             raise ValueError(f"{len(self.inputs)} inputs, but {len(self.labels)} labels")
+        if self.rows is not None and len(self.rows) != len(self.labels):
+            raise ValueError(f"{len(self.rows)} row hashes, but {len(self.labels)} labels")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,9 +61,17 @@ class Records:
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Records:
         """Return the records at `indices`, in that order."""
         at = np.asarray(indices, np.int64)
+        rows = None if self.rows is None else tuple(self.rows[i] for i in at)
         if isinstance(self.inputs, list):
-            return Records([self.inputs[i] for i in at], self.labels[at])
-        return Records(self.inputs[at], self.labels[at])
+            return Records([self.inputs[i] for i in at], self.labels[at], rows)
+        return Records(self.inputs[at], self.labels[at], rows)
+
+    def identities(self) -> tuple[bytes, ...]:
+        """Return 32 bytes per record: the hash of its row.
+
+        Records that were made in memory have no rows; what the model sees stands in for them.
+        """
+        return tuple(record_hashes(self)) if self.rows is None else self.rows
 
     def label_counts(self, num_labels: int) -> NDArray[np.int64]:
         """Return how many records each label has, shape (num_labels,)."""
@@ -79,18 +92,19 @@ def to_records(table: Table, config: RunConfig) -> Records:
     Raises DataError listing every violation, as `contract.require` does.
     """
     columns = accept(table, config)
+    rows = row_hashes(table)
     data = config.data
     labels = np.array(columns[data.column("label")], np.int64)
     match config.task.kind:
         case "text-classification":
-            return Records(columns[data.column("text")], labels)
+            return Records(columns[data.column("text")], labels, rows)
         case "image-classification":
             shape = (config.model.channels, config.model.image_size, config.model.image_size)
             images = np.array(columns[data.column("image")], np.float32)
-            return Records(images.reshape(len(labels), *shape), labels)
+            return Records(images.reshape(len(labels), *shape), labels, rows)
         case "tabular-classification":
             blocks = [_features(c, columns[name]) for name, c in _feature_columns(config)]
-            return Records(np.concatenate(blocks, axis=1, dtype=np.float32), labels)
+            return Records(np.concatenate(blocks, axis=1, dtype=np.float32), labels, rows)
 
 
 def num_features(config: RunConfig) -> int:
@@ -103,7 +117,7 @@ def num_features(config: RunConfig) -> int:
 
 
 def fingerprint(records: Records) -> str:
-    """Return the SHA-256 (hex) over the sorted record hashes: the identity of a data set.
+    """Return the SHA-256 (hex) over the sorted record hashes: what a model can learn from.
 
     The order of records does not matter; how often a record occurs does.
     """

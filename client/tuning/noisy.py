@@ -1,89 +1,162 @@
-"""The optimiser of DP-SGD: clip, add up, noise once, step. Formulas: private.py."""
+"""One logical step of DP-SGD on a given batch: clip, add up, noise once, step.
+
+Formulas: private.py and clipping.py. Where per-record gradients come from makes no difference
+here: both engines have the same clipping, the same sum, the same noise and the same optimiser.
+
+Every draw of noise is noted with the σ that was handed to it. The accountant is told what was
+noted, not what was planned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
-from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
 from anabranch.client.privacy import DpPlan
 from anabranch.client.tuning.active import Active
+from anabranch.client.tuning.clipping import (
+    clipping_factors,
+    count_noise,
+    gradient_noise,
+    joint_noise,
+    next_norm,
+    total_norms,
+    within,
+)
+from anabranch.client.tuning.examples import Examples, lengths
+from anabranch.client.tuning.flat import Flat
+from anabranch.client.tuning.per_record import Matrix, PerRecord, from_rows
 from anabranch.client.tuning.randomness import Randomness
-from anabranch.client.tuning.training import make_optimizer
-from anabranch.protocols.tables import Training
-
-AUTOMATIC_STABILITY = 0.01  # gamma of AUTO-S, the value of the paper
+from anabranch.protocols.tables import Engine
 
 
-class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
-    """Opacus' DPOptimizer with AUTO-S clipping beside its own, and noise from a ChaCha20 stream.
+class Gradients(Protocol):
+    """An engine: computes per-record gradients."""
 
-    `step` clips and adds up `grad_sample` of a physical batch; unless `signal_skip_step` said
-    that the logical batch goes on, it then adds noise once, divides by the expected batch size,
-    calls the accountant's hook and moves the parameters.
+    engine: Engine
+
+    def gradients(self, batch: Examples) -> PerRecord:
+        """Return the gradients of every record of `batch`, of one micro-batch."""
+
+
+class PrivateStep:
+    """Takes logical steps; made by private.private_steps.
+
+    `optimizer` steps all trained tensors as one vector (flat.py): change its learning rates,
+    do not look for the parameters in it. `clipping_norm` is the C of the next step.
     """
 
     def __init__(
         self,
+        engine: Gradients,
+        flat: Flat,
+        optimizer: torch.optim.Optimizer,
         active: Active,
-        config: Training,
         plan: DpPlan,
+        *,
         num_examples: int,
         randomness: Randomness,
-        proximal_mu: float = 0.0,
+        proximal_mu: float,
+        physical_batch: int,
+        clipping_norm: float,
     ) -> None:
-        super().__init__(
-            make_optimizer(active.parameters, config),
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.clipping_norm,
-            expected_batch_size=plan.sample_rate * num_examples,
-            loss_reduction="mean",
-        )
-        self._active = active
-        self._masks = {id(active.parameters[name]): mask for name, mask in active.masks.items()}
-        self._clipping = plan.clipping
-        self._proximal_mu = proximal_mu
+        self.engine: Engine = engine.engine
+        self.optimizer = optimizer
+        self.clipping_norm = clipping_norm
         self.randomness = randomness
-        self.found = False  # whether some record had a gradient that was not 0
+        self.size = len(flat.values)  # P, the number of trained values
+        self.drawn: list[float] = []  # noise multipliers of the draws since the caller cleared it
+        self._gradients = engine
+        self._flat = flat
+        self._active = active
+        self._frozen = flat.mask(active.masks)
+        self._plan = plan
+        self._expected_batch = plan.sample_rate * num_examples
+        self._proximal_mu = proximal_mu
+        self._physical_batch = physical_batch
 
-    def clip_and_accumulate(self) -> None:
-        """Add the sum of the clipped gradients to `summed_grad` of every parameter."""
-        for p in self.params:
-            self._freeze(p, p.grad_sample)
-            self.found = self.found or bool(p.grad_sample.any())
-        if self._clipping == "flat":
-            super().clip_and_accumulate()
-            return
-        samples = list(zip(self.params, self.grad_samples, strict=True))
-        norms = torch.stack([g.reshape(len(g), p.numel()).norm(dim=1) for p, g in samples])
-        factors = self.max_grad_norm / (norms.norm(dim=0) + AUTOMATIC_STABILITY)
-        for p, g in samples:
-            summed = torch.einsum("i,i...->...", factors, g)
-            p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
+    @torch.no_grad()
+    def __call__(self, batch: Examples, canaries: Tensor | None = None) -> bool:
+        """Take one step on `batch`, which may be empty; return whether a gradient was not 0.
 
-    def add_noise(self) -> None:
-        """Set `grad` to the clipped sum plus Gaussian noise of standard deviation σC."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for p in self.params:
-            noise = torch.from_numpy(std * self.randomness.normal(p.numel()))
-            p.grad = p.summed_grad + noise.to(p.device, p.dtype).view_as(p)
-            self._freeze(p, p.grad)
-
-    def scale_grad(self) -> None:
-        """Divide by the expected batch, then add FedProx's pull: no record is in it."""
-        super().scale_grad()
+        `canaries` are gradients of further records, (m, P): tensors in ascending order of names,
+        flattened. Afterwards `grad` of every trained parameter holds the noisy mean, with
+        FedProx's pull. The batch is cut into physical ones of like length; noise, the
+        accountant and the optimiser see one step.
+        """
+        self._flat.hide_gradients()
+        total = self._flat.gradient.zero_()
+        inside, found = torch.zeros(()), False
+        for gradients in self._chunks(batch, canaries):
+            norms, factors = self._add(gradients, total)
+            found = found or bool(norms.any())
+            if self._plan.clipping == "adaptive":
+                inside = inside + within(factors).cpu()
+        self._add_noise(total, float(inside))
+        total.div_(self._expected_batch)
+        self._flat.show_gradients()
         self._active.pull(self._proximal_mu)
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do what Opacus does, and put back what weight decay did to frozen ranks."""
-        result: float | None = super().step(closure)
+        self.optimizer.step()
         self._active.hold()
-        return result
+        return found
 
-    def _freeze(self, p: Tensor, gradient: Tensor) -> None:
-        """Set the gradient (…, *p.shape) of ranks that are not trained to zero."""
-        mask = self._masks.get(id(p))
-        if mask is not None:
-            gradient.masked_fill_(~mask, 0.0)
+    def _chunks(self, batch: Examples, canaries: Tensor | None) -> Iterator[PerRecord]:
+        """Yield the gradients of one micro-batch after another."""
+        count, size = len(batch), self._physical_batch
+        if 0 < count <= size:
+            with torch.enable_grad():
+                yield self._gradients.gradients(batch)
+        elif count:
+            sizes = lengths(batch.features)
+            order = sorted(range(count), key=lambda i: sizes[i])
+            for start in range(0, count, size):
+                with torch.enable_grad():
+                    yield self._gradients.gradients(batch.take(order[start : start + size]))
+        if canaries is not None and len(canaries):
+            yield from_rows(canaries.to(self._flat.values), self._flat.slots)
+
+    def _add(self, gradients: PerRecord, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the clipped gradients to `total`; return norms (R,) and the clipping factors."""
+        apart = self._plan.clipping == "per-layer"
+        self._mask(gradients)
+        blocks = gradients.blocks(self._flat.slots, packed=not apart)
+        norms = torch.stack([block.norms() for _, block in blocks])
+        whole = total_norms(norms)
+        clipping, bound = self._plan.clipping, self.clipping_norm
+        factors = clipping_factors(clipping, norms if apart else whole, bound)
+        for i, (at, block) in enumerate(blocks):
+            block.add(total[at], factors[i] if apart else factors)
+        return whole, factors
+
+    def _mask(self, gradients: PerRecord) -> None:
+        """Set the gradients of ranks that are not trained to zero, before any norm."""
+        if self._frozen is None:
+            return
+        for slot in self._flat.slots:
+            if slot.name in self._active.masks:
+                part = gradients.parts[slot.name]
+                assert isinstance(part, Matrix)  # engines make no ghosts of masked tensors
+                part.rows.masked_fill_(self._frozen[slot.start : slot.stop], 0.0)
+
+    def _add_noise(self, total: Tensor, inside: float) -> None:
+        """Add Gaussian noise of standard deviation σC; with adaptive clipping, move C."""
+        sigma, expected = self._plan.noise_multiplier, self._expected_batch
+        if self._plan.clipping != "adaptive":
+            self.drawn.append(self._perturb(total, sigma))
+            return
+        count_sigma = count_noise(sigma, expected)
+        gradient_sigma = self._perturb(total, gradient_noise(sigma, count_sigma))
+        noisy = inside + count_sigma * float(self.randomness.normal(1)[0])
+        self.drawn.append(joint_noise(gradient_sigma, count_sigma))
+        self.clipping_norm = next_norm(self.clipping_norm, self._plan, noisy, expected)
+
+    def _perturb(self, total: Tensor, sigma: float) -> float:
+        """Add σC · N(0, 1) to every value that is trained; return the σ that was used."""
+        noise = torch.from_numpy(self.randomness.normal(len(total))).to(total)
+        total.add_(noise, alpha=sigma * self.clipping_norm)
+        if self._frozen is not None:
+            total.masked_fill_(self._frozen, 0.0)
+        return sigma

@@ -1,53 +1,64 @@
-"""Local DP-SGD on the adapter: Opacus computes, the plan decides, the end checks.
+"""Local DP-SGD on the adapter: an engine computes, the plan decides, the end checks.
 
 One step (Abadi et al. 2016, arXiv:1607.00133, algorithm 1), over n records:
 
     B ~ every record with chance q, independently          Poisson sampling
     g_i = ∇ w_{y_i} ℓ_i                                     one record's gradient
-    ḡ_i = g_i · min(1, C / ‖g_i‖)                           clipping "flat"
-        = g_i · C / (‖g_i‖ + 0.01)                          clipping "automatic" (AUTO-S; Bu et
-                                                            al. 2022, arXiv:2206.07136)
+    ḡ_i = g_i, bounded by C                                 clipping.py: four ways
     g̃ = (Σ_{i in B} ḡ_i + σC · N(0, 1)) / (q n)            then SGD or AdamW
 
 The norm runs over all values that are trained together, and over no others: gradients of
 frozen ranks are zero before it, and no noise is added to them (active.py). With FedProx
 (training.py), μ (w − w_t) is added to g̃: it is made of what the noisy steps before have
 already released, so it is post-processing and costs no privacy. The class weight w_{y_i} is
-fixed in advance and inside the gradient, so ‖ḡ_i‖ <= C whatever it is. q, n, C and σ are the
-plan's and do not depend on the batch; an empty batch is a step of noise alone. No loss, norm
-or batch size is returned. That a fit was refused is not covered by the plan.
+fixed in advance and inside the gradient, so ‖ḡ_i‖ <= C whatever it is. q, n and σ are the
+plan's and do not depend on the batch, nor does C, except through the noisy count that
+adaptive clipping pays for; an empty batch is a step of noise alone. No loss, norm or batch
+size is returned. That a fit was refused is not covered by the plan.
+
+Two engines compute g_i: "fast" (fast.py) and "opacus" (opacus_engine.py). All that follows,
+from clipping to the optimiser, is the same code (noisy.py). Noise comes from a ChaCha20 stream
+(randomness.py) and is added in float32: sums and noise are NOT hardened against attacks on the
+low bits of floating-point numbers, and a norm is as exact as float32 arithmetic.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
-from opacus import GradSampleModule
 from opacus.accountants import PRVAccountant
-from opacus.utils.module_utils import has_trainable_params
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anabranch.client.privacy import DpPlan, Spend, sampling_rate
-from anabranch.client.tuning.active import only
+from anabranch.client.tuning.active import Active, only
 from anabranch.client.tuning.classifier import Classifier
-from anabranch.client.tuning.examples import Examples, collate
+from anabranch.client.tuning.examples import Examples
+from anabranch.client.tuning.fast import fast_gradients
+from anabranch.client.tuning.flat import Flat
+from anabranch.client.tuning.known import unknown_tensors
 from anabranch.client.tuning.lora import trainable_parameters
-from anabranch.client.tuning.noisy import NoisyOptimizer
+from anabranch.client.tuning.noisy import Gradients, PrivateStep
+from anabranch.client.tuning.opacus_engine import opacus_gradients
+from anabranch.client.tuning.probe import Probe
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.schedule import learning_rate_factor
+from anabranch.client.tuning.training import make_optimizer
 from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import LORA_A, LORA_B
-from anabranch.protocols.tables import Training
+from anabranch.protocols.tables import Engine, Training
+
+log = logging.getLogger(__name__)
 
 PHYSICAL_BATCH = 64  # records whose gradients are in memory at once
+ROUNDING = 1e-12  # relative, of a noise multiplier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +66,8 @@ class PrivateFit:
     """What a round of private training may tell: what it spent, which equals its plan."""
 
     spend: Spend
+    engine: Engine  # that computed the gradients: "opacus" where "fast" does not know a layer
+    clipping_norm: float  # C after the last step: adaptive clipping goes on from here
 
 
 def fit_private(
@@ -68,157 +81,152 @@ def fit_private(
     proximal_mu: float = 0.0,
     part: Part = WHOLE,
     kept: Part | None = None,
+    engine: Engine = "fast",
+    clipping_norm: float | None = None,
+    probe: Probe | None = None,
     generator: torch.Generator | None = None,
     physical_batch: int = PHYSICAL_BATCH,
 ) -> PrivateFit:
     """Run `steps` steps of DP-SGD in place; on return the adapter is safe to publish under `plan`.
 
     What is in `part` or `kept` is trained, clipped and noised together; every other value is
-    the same afterwards, bit for bit. `step_offset` steps of the run came before. Raises
-    PrivacyError, with the adapter as it was, if the plan is for other data or fewer steps, a
-    module mixes records, what ran is not what was planned, or nothing was trained. Either way
-    the classifier keeps no hooks and no gradients. A `generator` makes batches and noise
-    reproducible and thereby VOIDS the guarantee: it is for tests. `physical_batch` bounds
-    memory and changes no result.
+    the same afterwards, bit for bit. `step_offset` steps of the run came before, and
+    `clipping_norm` is where they left C (None: the plan's). The canaries of a `probe` are
+    records n, n + 1, …, drawn by the same sampler. Raises PrivacyError, with the adapter as it
+    was, if the plan is for other data or fewer steps, a module mixes records, what ran is not
+    what was planned, or nothing was trained. Either way the classifier keeps no hooks, no
+    gradients and no replaced function. A `generator` makes batches and noise reproducible and
+    thereby VOIDS the guarantee: it is for tests. `physical_batch` bounds memory and changes no
+    result.
     """
     _require_planned(plan, config, len(examples), steps, step_offset)
     randomness = Randomness.fresh() if generator is None else Randomness.reproducible(generator)
     accountant = PRVAccountant()
     with only(classifier, part, kept) as active:
         try:
-            with per_record_gradients(classifier) as model:
-                optimizer = NoisyOptimizer(
-                    active, config, plan, len(examples), randomness, proximal_mu
-                )
-                optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(plan.sample_rate))
-                gradients = _run(
-                    model,
-                    optimizer,
-                    examples,
-                    plan,
-                    config,
-                    range(step_offset, step_offset + steps),
-                    physical_batch,
-                )
+            with private_steps(
+                classifier,
+                active,
+                plan,
+                config,
+                len(examples),
+                randomness,
+                proximal_mu=proximal_mu,
+                engine=engine,
+                physical_batch=physical_batch,
+                clipping_norm=clipping_norm,
+            ) as step:
+                run, trained = range(step_offset, step_offset + steps), active.parameters
+                gradients = _run(step, trained, examples, plan, config, run, accountant, probe)
             require_as_planned(accountant.history, plan.spend(steps))
             require_trained(active.parameters, active.start, gradients, _factors(classifier))
         except BaseException:
             active.undo()
             raise
-    return PrivateFit(spend=plan.spend(steps))
+    return PrivateFit(spend=plan.spend(steps), engine=step.engine, clipping_norm=step.clipping_norm)
 
 
 @contextmanager
-def per_record_gradients(classifier: nn.Module) -> Iterator[GradSampleModule]:
-    """Attach Opacus' hooks, in training mode, and leave nothing of them behind.
+def private_steps(
+    classifier: Classifier,
+    active: Active,
+    plan: DpPlan,
+    config: Training,
+    num_examples: int,
+    randomness: Randomness,
+    *,
+    proximal_mu: float = 0.0,
+    engine: Engine = "fast",
+    physical_batch: int = PHYSICAL_BATCH,
+    clipping_norm: float | None = None,
+) -> Iterator[PrivateStep]:
+    """Yield what takes one logical step on a given batch; leave nothing of it behind.
 
-    Raises PrivacyError if a module mixes records or has no gradient per record. With
-    reduction "sum" the gradient of record i is that of its own term, whatever the batch.
+    Nothing here samples or accounts: only fit_private gives a guarantee. Where `engine` is
+    "fast" and a trained tensor belongs to a layer it does not know, Opacus computes all
+    gradients, and the log says so. Raises PrivacyError if a module mixes the records of a
+    batch, or no engine knows a trained layer.
     """
-    modes = {module: module.training for module in classifier.modules()}
-    owners = [m for m in classifier.modules() if has_trainable_params(m)]
-    hooks = [owner.register_forward_pre_hook(_with_input_gradients) for owner in owners]
-    classifier.train()
-    try:
-        _require_separable(classifier)
-        wrapped = GradSampleModule(classifier, loss_reduction="sum")
-        try:
-            yield wrapped
-        finally:
-            wrapped.to_standard_module()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
-            for name in ("activations", "max_batch_len"):  # left behind by a failed backward pass
-                module.__dict__.pop(name, None)
-        for parameter in classifier.parameters():
-            parameter.grad = None
-            parameter.__dict__.pop("summed_grad", None)
+    _require_separable(classifier)
+    flat = Flat(active.parameters)
+    weights = None if config.class_weights == "none" else torch.tensor(config.class_weights)
+    with flat.attached() as vectors, _engine(engine, classifier, active, weights) as gradients:
+        yield PrivateStep(
+            gradients,
+            flat,
+            make_optimizer(vectors, config),
+            active,
+            plan,
+            num_examples=num_examples,
+            randomness=randomness,
+            proximal_mu=proximal_mu,
+            physical_batch=physical_batch,
+            clipping_norm=plan.clipping_norm if clipping_norm is None else clipping_norm,
+        )
 
 
-def _with_input_gradients(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Let inputs of the lowest trained layers ask for a gradient: torch warns where none does."""
-    return tuple(
-        x.detach().requires_grad_() if x.is_floating_point() and not x.requires_grad else x
-        for x in inputs
-    )
-
-
-def accumulate(
-    model: nn.Module,
-    optimizer: NoisyOptimizer,
-    batch: Examples,
-    weights: Tensor | None,
-    physical_batch: int,
-) -> bool:
-    """Do one logical step on `batch`, which may be empty; return whether a gradient was not 0.
-
-    The batch is cut into physical ones of like length. They are clipped and added up one
-    after another; noise, the accountant and the optimiser see one step.
-    """
-    optimizer.zero_grad()
-    optimizer.found = False
-    if len(batch) == 0:
-        for p in optimizer.params:
-            p.grad_sample = p.new_zeros((0, *p.shape))
-        optimizer.step()
-        return False
-    order = sorted(range(len(batch)), key=lambda i: len(batch.features[i]))
-    chunks = [order[i : i + physical_batch] for i in range(0, len(order), physical_batch)]
-    for chunk in chunks:
-        record_losses(model, batch.take(chunk), weights).sum().backward()
-        _require_per_record(optimizer, len(chunk))
-        optimizer.signal_skip_step(do_skip=chunk is not chunks[-1])
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer.found
-
-
-def record_losses(model: nn.Module, batch: Examples, weights: Tensor | None) -> Tensor:
-    """Return w_{y_i} × the cross-entropy of every record, (B,)."""
-    device = next(model.parameters()).device
-    features, mask = collate(batch.features)
-    labels = batch.labels.to(device)
-    logits = model(features.to(device), None if mask is None else mask.to(device))
-    losses = functional.cross_entropy(logits, labels, reduction="none")
-    if not losses.requires_grad:
-        raise PrivacyError("no trainable tensor takes part in the model's output: nothing to train")
-    return losses if weights is None else losses * weights.to(device)[labels]
+def _engine(
+    engine: Engine, classifier: Classifier, active: Active, weights: Tensor | None
+) -> AbstractContextManager[Gradients]:
+    """Return the engine that was asked for, or Opacus where it does not know a layer."""
+    if engine == "fast":
+        unknown = unknown_tensors(classifier, active.parameters)
+        if not unknown:
+            return fast_gradients(classifier, active.parameters, weights, active.masks.keys())
+        log.info(
+            "gradients per record come from Opacus: the fast path does not know the layers of %s",
+            ", ".join(unknown),
+        )
+    return opacus_gradients(classifier, active.parameters, weights)
 
 
 def require_as_planned(ran: Sequence[tuple[float, float, int]], planned: Spend) -> None:
-    """Raise PrivacyError unless the accountant saw exactly the planned (σ, q, steps)."""
+    """Raise PrivacyError unless the accountant saw exactly the planned (σ, q, steps).
+
+    σ may differ by rounding: adaptive clipping splits it in two, and the parts are what ran.
+    """
     expected = [(planned.noise_multiplier, planned.sample_rate, planned.steps)]
-    if list(ran) != expected:
+    equal = len(ran) == 1 and ran[0][1:] == expected[0][1:]
+    if not (equal and math.isclose(ran[0][0], expected[0][0], rel_tol=ROUNDING)):
         raise PrivacyError(
             f"planned (σ, q, steps) = {expected}, ran {list(ran)}: the update is discarded"
         )
 
 
 def _run(
-    model: nn.Module,
-    optimizer: NoisyOptimizer,
+    step: PrivateStep,
+    trained: Mapping[str, nn.Parameter],
     examples: Examples,
     plan: DpPlan,
     config: Training,
     steps: range,
-    physical_batch: int,
+    accountant: PRVAccountant,
+    probe: Probe | None,
 ) -> bool:
     """Take `steps` of the run; return False if there were records but every gradient was 0."""
-    weights = None if config.class_weights == "none" else torch.tensor(config.class_weights)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    records, rate = len(examples), plan.sample_rate
+    learning_rates = [group["lr"] for group in step.optimizer.param_groups]
     found: set[bool] = set()
-    for step in steps:
-        factor = learning_rate_factor(step, plan.steps, config.warmup, config.schedule)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        batch = examples.take(optimizer.randomness.sample(len(examples), plan.sample_rate))
-        learned = accumulate(model, optimizer, batch, weights, physical_batch)
-        if len(batch):
+    for at in steps:
+        factor = learning_rate_factor(at, plan.steps, config.warmup, config.schedule)
+        for group, learning_rate in zip(step.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = learning_rate * factor
+        sampled = step.randomness.sample(records + (probe.count if probe else 0), rate)
+        canaries = [i - records for i in sampled if i >= records]
+        rows = probe.gradients(canaries, step.size) if probe and canaries else None
+        learned = step(examples.take([i for i in sampled if i < records]), rows)
+        for sigma in step.drawn:  # as many as there were draws of noise: one
+            accountant.step(noise_multiplier=sigma, sample_rate=rate)
+        step.drawn.clear()
+        if probe is not None:
+            probe.observe(len(sampled), _gradients(trained))
+        if sampled:
             found.add(learned)
     return found != {False}
+
+
+def _gradients(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
 
 
 def _require_planned(
@@ -248,21 +256,6 @@ def _require_separable(classifier: nn.Module) -> None:
             raise PrivacyError(
                 f"{name} is a {type(module).__name__}: it mixes the records of a batch. Take a "
                 "base with LayerNorm or GroupNorm"
-            )
-    errors = ModuleValidator.validate(classifier) + GradSampleModule.validate(classifier)
-    if errors:
-        raise PrivacyError(f"Opacus has no per-record gradients for this model: {errors[0]}")
-
-
-def _require_per_record(optimizer: NoisyOptimizer, records: int) -> None:
-    """Raise PrivacyError unless every parameter has one gradient per record."""
-    for p in optimizer.params:
-        found = None if p.grad_sample is None else tuple(p.grad_sample.shape)
-        if found != (records, *p.shape):
-            raise PrivacyError(
-                f"a trainable tensor of shape {tuple(p.shape)} has per-record gradients of shape "
-                f"{found} for {records} records: it takes no part in the output, is used outside "
-                "its module, or the model moves the batch axis"
             )
 
 

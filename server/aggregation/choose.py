@@ -1,4 +1,4 @@
-"""From a run's [federation], [server], [robust] and [personal] tables to its rule."""
+"""From a run's tables to its rule: a method, an optimiser around it, privacy around both."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import ONE_FACTOR, Server
@@ -31,6 +32,7 @@ from anabranch.server.aggregation.optimizers import (
     with_optimizer,
     yogi,
 )
+from anabranch.server.aggregation.private import ClientPlan, Normal, with_client_privacy
 from anabranch.server.aggregation.robust import coefficients_for, combine_for
 from anabranch.server.aggregation.rolora import rolora
 from anabranch.server.aggregation.rule import Rule
@@ -43,8 +45,26 @@ FACTOR_RULES: dict[str, Callable[..., Rule[None]]] = {
 }
 
 
-def rule_for(config: RunConfig) -> Rule[Any]:
-    """Return the aggregation rule that `config` asks for."""
+def rule_for(
+    config: RunConfig, plan: ClientPlan | None = None, normal: Normal | None = None
+) -> Rule[Any]:
+    """Return the aggregation rule that `config` asks for.
+
+    With [client_privacy] the plan of the run and a source of noise are needed; without them
+    PrivacyError: the rule alone would publish what nobody has noised.
+    """
+    rule = _without_privacy(config)
+    if config.client_privacy is None:
+        return rule
+    if plan is None or normal is None:
+        raise PrivacyError(
+            "[client_privacy]: a rule needs the run's plan and a source of noise "
+            "(server/client_privacy.py, plan_of; client/tuning/randomness.py)"
+        )
+    return with_client_privacy(rule, plan, normal)
+
+
+def _without_privacy(config: RunConfig) -> Rule[Any]:
     rule = _method(config)
     if config.personal.head == "local":
         rule = replace(rule, part=_without_dense(rule.part))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.client.ledger import Ledger
 from anabranch.client.privacy import epsilon_of
 from anabranch.client.site import Models, Site, round_seed
 from anabranch.client.tuning.bases import load_classifier
@@ -85,13 +84,15 @@ def test_a_private_round_is_in_the_ledger_before_it_is_released(site: Site) -> N
 
     report, frame = site.train(assignment(config), start(config))
 
-    spent = Ledger(site.folder / "ledger.sqlite").history("r1")
+    spent = site.ledger.history("r1")
     assert [(s.noise_multiplier, s.sample_rate, s.steps) for s in spent] == [
         (report.noise_multiplier, 8 / 40, 3)
     ]
     assert report.delta == pytest.approx(1 / 400)
     assert report.epsilon == pytest.approx(epsilon_of(spent, 1 / 400))
     assert report.loss is None
+    assert report.ledger == site.ledger.head
+    assert [event.kind for event in site.ledger.events()] == ["opened", "data", "reserve", "settle"]
     assert received(frame, config).norm() > 0
 
 
@@ -113,7 +114,7 @@ def test_a_round_beyond_the_plan_is_refused_before_it_trains(site: Site) -> None
         site.train(assignment(config, number), start(config))
     before = site.ledger.history()
 
-    with pytest.raises(PrivacyError, match=r"above the budget of 8: 6 steps are spent"):
+    with pytest.raises(PrivacyError, match=r"\[privacy\] budget of 8: 6 steps are spent"):
         site.train(assignment(config, 2), start(config))
 
     assert site.ledger.history() == before

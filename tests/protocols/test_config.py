@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from anabranch.protocols.config import RunConfig, not_finite, parse
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.part import Part
-from anabranch.protocols.tables import ColumnType, Contract
+from anabranch.protocols.tables import SEPARABLE, ClientPrivacy, ColumnType, Contract, Method
 
 MINIMAL = """
 name = "chest-clinic"
@@ -355,6 +355,60 @@ def test_without_a_method_the_situation_chooses_one_that_fits_it(
     changes: dict[str, Any], method: str
 ) -> None:
     assert read(table(**{**LORA, **changes})).method == method
+
+
+CLIENT_PRIVATE: dict[str, Any] = {
+    **LORA,
+    "federation__quorum": 1,
+    "client_privacy": {"epsilon": 3, "population": 500, "max_examples": 100},
+}
+
+
+@pytest.mark.parametrize("method", sorted(SEPARABLE))
+def test_client_level_privacy_goes_with_one_update_per_client(method: Method) -> None:
+    config = read(table(**CLIENT_PRIVATE, federation__method=method))
+
+    assert (config.method, config.client_privacy) == (
+        method,
+        ClientPrivacy(epsilon=3, population=500, max_examples=100),
+    )
+
+
+def test_client_level_privacy_changes_no_default_method() -> None:
+    assert read(table(**CLIENT_PRIVATE)).method == read(table(**LORA)).method == "altqr"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        *(
+            ({"federation__method": method}, rf'method = "{method}".*Take one of altqr, fedavg')
+            for method in sorted(set(get_args(Method)) - SEPARABLE)
+        ),
+        ({"federation__mixed_ranks": True}, "mixed_ranks: noise covers one part"),
+        ({"federation__buffer": 2, "federation__method": "ffa"}, "Leave buffer out"),
+        ({"robust": {"rule": "median"}}, r"Leave \[robust\] out"),
+        ({"federation__normalize_steps": True}, "and set training.local_steps"),
+        ({"federation__quorum": 2}, "federation.quorum = 2.*Leave quorum out"),
+        ({"training__holdout": 0.2}, "client_evaluation: metrics of clients are not noised"),
+        (
+            {"client_privacy": {"epsilon": 3, "population": 500}},
+            'Set federation.weighting = "uniform", or client_privacy.max_examples',
+        ),
+        ({"federation__weighting": "uniform"}, "leave one of the two out"),
+    ],
+)
+def test_client_level_privacy_refuses_what_it_does_not_account_for(
+    changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read(table(**{**CLIENT_PRIVATE, **changes}))
+
+
+def test_without_client_evaluation_clients_may_hold_records_out() -> None:
+    quiet = {"training__holdout": 0.2, "federation__client_evaluation": False}
+
+    assert read(table(**CLIENT_PRIVATE, **quiet)).training.holdout == 0.2
 
 
 def test_what_stays_at_the_sites_is_told_as_a_part() -> None:

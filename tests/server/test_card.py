@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -9,7 +10,8 @@ from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import Column, Contract, Federation, Model, Privacy, Task, Training
-from anabranch.server.card import Checks, RunFacts, SitePrivacy, model_card, privacy_statement
+from anabranch.server.card import Checks, RunFacts, SitePrivacy, model_card
+from tests.privacy_cases import client_config, client_plan
 
 CONFIG = RunConfig(
     name="coding",
@@ -51,7 +53,14 @@ CHECKS = Checks(
 )
 SITES = (
     SitePrivacy(
-        site="south", epsilon=6.25, delta=2e-4, noise_multiplier=1.25, sample_rate=0.05, steps=240
+        site="south",
+        epsilon=6.25,
+        delta=2e-4,
+        noise_multiplier=1.25,
+        sample_rate=0.05,
+        steps=240,
+        engine="opacus",
+        ledger="ab12",
     ),
     SitePrivacy(
         site="north", epsilon=7.5, delta=1e-4, noise_multiplier=0.875, sample_rate=0.0625, steps=240
@@ -75,9 +84,8 @@ def card(config: RunConfig = CONFIG, facts: RunFacts = FACTS, **checks: Any) -> 
 
 def private() -> tuple[RunConfig, RunFacts]:
     privacy = Privacy(epsilon=8.0, clipping="automatic", clipping_norm=0.5)
-    facts = {f: getattr(FACTS, f) for f in FACTS.__dataclass_fields__}
     private = msgspec.structs.replace(CONFIG, privacy=privacy, federation=Federation(rounds=6))
-    return private, RunFacts(**facts | {"privacy": SITES})
+    return private, replace(FACTS, privacy=SITES)
 
 
 @pytest.mark.parametrize(
@@ -118,37 +126,57 @@ def test_a_run_without_privacy_says_that_there_is_none() -> None:
     assert "ε" not in card()
 
 
-def test_the_privacy_statement_names_unit_neighbours_accountant_and_every_site() -> None:
+def test_the_privacy_section_states_unit_target_mechanism_and_every_site() -> None:
     text = card(*private())
 
-    assert "sequence of all messages that it sent in rounds 1 to 6 is (ε, δ)-differentially" in text
     for line in (
-        "Unit: one record",
-        "one record is added or removed",
-        "Poisson sampling, automatic (AUTO-S) clipping to ℓ2 norm 0.5",
+        "the sequence of all messages that it sent in rounds 1 to 6 is (ε_k, δ_k)-differentially",
+        "with respect to adding or removing one record of its training set",
+        "Poisson sample",
+        "an ℓ2 norm below C = 0.5 (automatic, AUTO-S)",
         "Accountant: PRV",
         "Target of this run: ε = 8 per site",
-        "| north | 7.500 | 0.0001 | 0.8750 | 0.062500 | 240 |\n"
-        "| south | 6.250 | 0.0002 | 1.2500 | 0.050000 | 240 |",
+        "| north | 7.500 | 7.380 | 0.0001 | 0.8750 | 0.062500 | 240 | \u2013 | \u2013 |\n"
+        "| south | 6.250 | 2.746 | 0.0002 | 1.2500 | 0.050000 | 240 | opacus | ab12 |",
+        "Client level: none.",
     ):
-        assert line in text
+        assert line in text, line
 
 
 @pytest.mark.parametrize(
-    "thing", ["number of records", "took part", "metrics", "configuration", "k·ε", "floating-point"]
+    "thing",
+    [
+        "| number of training and of held-out records of a site | not covered |",
+        "| that a site takes part, when, for how long, and how often it fails | not covered |",
+        "| choice of the best round | not covered |",
+        "| normalisation (mean, std) of age | fixed in advance |",
+        "* the choice of this configuration",
+        "floating-point noise",
+    ],
 )
-def test_the_privacy_statement_says_what_is_not_covered(thing: str) -> None:
-    _, _, after = card(*private()).partition("Not covered:")
+def test_the_privacy_section_says_what_is_not_covered(thing: str) -> None:
+    section = card(*private()).split("## Privacy")[1].split("## Metrics")[0]
 
-    assert thing in after.partition("##")[0]
+    assert thing in section
 
 
 def test_a_private_run_without_the_facts_of_a_site_has_no_card() -> None:
     config, facts = private()
-    fields = {f: getattr(facts, f) for f in facts.__dataclass_fields__} | {"privacy": SITES[:1]}
 
     with pytest.raises(PrivacyError, match="no privacy facts of site 'north'"):
-        privacy_statement(config.privacy, RunFacts(**fields))
+        card(config, replace(facts, privacy=SITES[:1]))
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_card_of_a_client_private_run_names_no_client(record: bool) -> None:
+    protected = client_config(privacy=private()[0].privacy if record else None)
+    facts = replace(FACTS, privacy=SITES if record else (), client=client_plan())
+    text = card(protected, facts)
+
+    assert "north" not in text
+    assert "south" not in text
+    assert "fine-tuned by clients, drawn from 1000, over 6 rounds" in text
+    assert "It does not hold against the coordinator" in text
 
 
 def test_a_refused_int8_model_is_stated() -> None:
@@ -161,13 +189,20 @@ def test_a_refused_int8_model_is_stated() -> None:
 def test_names_cannot_break_out_of_a_table_or_become_html() -> None:
     columns = {"<img src=x>": Column(type="text"), "a\n\n# b": Column(type="label")}
     config = msgspec.structs.replace(CONFIG, data=Contract(columns=columns))
-    text = card(config)
+    hostile = "<img src=y>|a\\|[go](http://x)\n# c"
+    facts = replace(FACTS, sites=("north", "south", hostile))
+    text = card(config, facts)
 
     assert "<img" not in text
+    assert "](http" not in text
     assert "\n# b" not in text
+    assert "\n# c" not in text
     assert "heart, bone\\|joint" in text
 
 
 def test_every_table_row_has_as_many_cells_as_its_head() -> None:
-    for block in re.findall(r"(?:^\|.*\n)+", card(*private()), flags=re.MULTILINE):
+    config, facts = private()
+    hostile = replace(SITES[0], site="a|b\\|c\nd", engine="|", ledger="|x")
+    facts = replace(facts, privacy=(*SITES, hostile), sites=(*facts.sites, hostile.site))
+    for block in re.findall(r"(?:^\|.*\n)+", card(config, facts), flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1

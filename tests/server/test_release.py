@@ -395,7 +395,7 @@ def test_a_private_run_is_not_released_without_its_privacy_facts(
         privacy=tuple(spent),
     )
     made = table_release(config=config, facts=facts)
-    assert "| north | 7.900 | 0.0001 | 1.1000 |" in (made.folder / "README.md").read_text()
+    assert "| north | 7.900 | 1.771 | 0.0001 | 1.1000 |" in (made.folder / "README.md").read_text()
 
 
 def test_an_adapter_for_another_base_is_not_released(

@@ -3,6 +3,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +16,8 @@ from anabranch.server.report import (
     render,
     write_report,
 )
+from anabranch.server.statement import state
+from tests.privacy_cases import client_config, client_plan, facts_of, open_config, private_config
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> $title & \u202eevil"
@@ -35,8 +38,7 @@ DATA = ReportData(
     labels=("eye", "ear", "skin"),
     label_counts={"north": (10, 0, 1200), "south": (3, 44, 5)},
     failures=(Failure(round=2, site="south", reason="deadline: no answer within 60 s"),),
-    privacy="(8, 1e-4)-DP per record.",
-    not_covered=("the number of records",),
+    privacy=state(private_config(), facts_of("north", "south")),
     epsilon={"north": {1: 4.0, 2: 6.5}, "south": {1: 4.25, 2: 7.125}},
     epsilon_target=8.0,
     bytes_up={1: 2_400_000, 2: 1_200_000},
@@ -60,7 +62,7 @@ SECTIONS = {
     "Result": {"comparison": ()},
     "Rounds": {"accuracy": {}, "loss": {}, "aggregation_error": {}},
     "Sites": {"site_accuracy": {}, "label_counts": {}, "failures": None},
-    "Privacy": {"privacy": "", "not_covered": (), "epsilon": {}, "epsilon_target": None},
+    "Privacy": {"privacy": None, "epsilon": {}, "epsilon_target": None},
     "Traffic": {"bytes_up": {}, "bytes_down": {}},
     "Errors": {"confusion": ()},
     "Release": {"release": ()},
@@ -154,7 +156,7 @@ def test_hostile_strings_stay_text_wherever_they_come_from() -> None:
         accuracy={HOSTILE: {1: 0.5}}, loss={HOSTILE: {1: 0.5}},
         aggregation_error={HOSTILE: {1: 0.5}}, aggregation={HOSTILE: HOSTILE},
         site_accuracy={HOSTILE: {HOSTILE: 0.5}}, labels=(HOSTILE, "b"),
-        label_counts={HOSTILE: (1, 2)}, privacy=HOSTILE, not_covered=(HOSTILE,),
+        label_counts={HOSTILE: (1, 2)}, privacy=state(private_config(), facts_of(HOSTILE)),
         failures=(Failure(round=1, site=HOSTILE, reason=HOSTILE),),
         epsilon={HOSTILE: {1: 1.0}}, confusion=((1, 2), (3, 4)), confusion_of=HOSTILE,
         release=(ReleaseFile(name=HOSTILE, size_bytes=1, accuracy=0.5, sha256=HOSTILE),),
@@ -212,6 +214,54 @@ def test_a_literal_run_shows_its_numbers() -> None:
     assert re.findall(r">([^<]+)</t[hd]>", html.split("bytes down")[1])[1:7] == cells
     missing = '<th class="said" scope="row">south</th><td class="n">80.0 %</td><td class="n">\u2013'
     assert missing in html
+
+
+def privacy_of(**changes: Any) -> str:
+    html = render(dataclasses.replace(DATA, **changes))
+    return html.split('<section id="privacy"')[1].split("</section>")[0]
+
+
+def test_both_guarantees_stand_apart_and_an_absent_one_is_said() -> None:
+    record = privacy_of()
+    assert re.findall("<h3>([^<]*)</h3>", record) == [
+        "Record level",
+        "Client level",
+        "Everything else that leaves or is published",
+        "Not covered by any guarantee",
+    ]
+    assert "Client level: none." in record
+    assert "Both guarantees hold at once" not in record
+
+    client = privacy_of(privacy=state(client_config(), facts_of(client=client_plan())))
+    assert "Record level: none." in client
+    assert "N = 1000" in client
+
+    config = client_config(privacy=private_config().privacy)
+    both = privacy_of(privacy=state(config, facts_of(client=client_plan())))
+    assert "they are not to be added" in both
+    assert "none." not in both
+
+
+def test_every_site_stands_in_the_privacy_tables_with_its_numbers() -> None:
+    section = privacy_of()
+    for site in ("north", "south"):
+        row = re.search(rf'<th class="said" scope="row">{site}</th>(.*?)</tr>', section)
+        assert row is not None
+        cells = re.findall(r">([^<]*)</td>", row[1])
+        assert cells == ["3.500", "3.003", "0.0005", "2.3200", "0.160000", "150", "fast", "ab12"]
+
+
+def test_a_run_without_privacy_says_so_and_lists_nothing() -> None:
+    section = privacy_of(privacy=state(open_config(), facts_of("north")), epsilon={})
+    assert "There is no differential privacy" in section
+    assert "<table" not in section
+
+
+def test_what_a_client_costs_is_seen_first_beside_what_a_record_costs() -> None:
+    statement = state(client_config(), facts_of(client=client_plan()))
+    html = render(ReportData(name="run", privacy=statement))
+    assert "ε = 2.90" in html.split("<section")[0]
+    assert "a client with all its records; 1000 clients" in html
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:

@@ -102,7 +102,7 @@ def test_a_private_run_reports_epsilon_of_every_site(tmp_path: Path) -> None:
     assert all(7.9 < e <= 8.0 for e in summary["epsilon"].values())
     assert "federated_dp" in summary["accuracy"]
     card = (tmp_path / "out" / "release" / "README.md").read_text()
-    assert "one record is added or removed" in card
+    assert "with respect to adding or removing one record" in card
 
 
 def test_ranks_are_written_into_the_sites_own_files(tmp_path: Path) -> None:

@@ -11,18 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anabranch.client.privacy import Clipping, DpPlan, Spend
+from anabranch.client.privacy import DpPlan, Spend
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate
 from anabranch.client.tuning.lora import adapt, trainable_parameters
-from anabranch.client.tuning.private import fit_private
+from anabranch.client.tuning.private import PrivateFit, fit_private
 from anabranch.protocols.errors import PrivacyError
-from anabranch.protocols.tables import Lora, Training
+from anabranch.protocols.tables import Clipping, Engine, Lora, Training
 
 WIDTH, INNER, LABELS = 5, 7, 3
 SILENT = 1e-30  # a noise multiplier that adds nothing a float32 can hold
 SGD = Training(optimizer="sgd", momentum=0.0, learning_rate=1.0, batch_size=1000, local_steps=1)
-CLIPPINGS: list[Clipping] = ["flat", "automatic"]
+CLIPPINGS: list[Clipping] = ["flat", "automatic", "per-layer", "adaptive"]
+ENGINES: list[Engine] = ["fast", "opacus"]
 
 
 class Sequences(Classifier):
@@ -110,10 +111,26 @@ def clipped_sum(
         batch, mask = collate([feature])
         loss = functional.cross_entropy(classifier(batch, mask), label[None])
         gradients = torch.autograd.grad(weights[int(label)] * loss, parameters)
-        g = torch.cat([gradient.flatten() for gradient in gradients])
-        size = float(g.norm())
-        total += g * (min(1.0, norm / size) if clipping == "flat" else norm / (size + 0.01))
+        total += bounded(gradients, clipping, norm)
     return total
+
+
+def bounded(gradients: Sequence[Tensor], clipping: Clipping, norm: float) -> Tensor:
+    """Return one record's clipped gradient, flat. With per-layer, each tensor is one layer."""
+    if clipping == "per-layer":
+        bound = norm / len(gradients) ** 0.5
+        return torch.cat([g.flatten() * min(1.0, bound / float(g.norm())) for g in gradients])
+    g = torch.cat([gradient.flatten() for gradient in gradients])
+    size = float(g.norm())
+    return g * (norm / (size + 0.01) if clipping == "automatic" else min(1.0, norm / size))
+
+
+def gradient_sigma(of: DpPlan, num_examples: int) -> float:
+    """Return the noise multiplier of the gradients' sum; with adaptive, the count's is taken."""
+    if of.clipping != "adaptive":
+        return of.noise_multiplier
+    count = max(of.sample_rate * num_examples / 20, of.noise_multiplier)
+    return float((of.noise_multiplier**-2 - (2 * count) ** -2) ** -0.5)
 
 
 def seeded(seed: int = 7) -> torch.Generator:
@@ -121,8 +138,14 @@ def seeded(seed: int = 7) -> torch.Generator:
 
 
 def run(classifier: Classifier, data: Examples, of: DpPlan, config: Training, **more: Any) -> Spend:
+    return fit(classifier, data, of, config, **more).spend
+
+
+def fit(
+    classifier: Classifier, data: Examples, of: DpPlan, config: Training, **more: Any
+) -> PrivateFit:
     options: dict[str, Any] = {"steps": 1, "step_offset": 0, "generator": seeded()} | more
-    return fit_private(classifier, data, of, config, **options).spend
+    return fit_private(classifier, data, of, config, **options)
 
 
 def lora_of(base: str) -> Lora:

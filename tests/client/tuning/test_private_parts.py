@@ -15,18 +15,20 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anabranch.client.privacy import Clipping
-from anabranch.client.tuning import private
+from anabranch.client.tuning import opacus_engine, private
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.protocols.errors import IncompatibleAdapter, PrivacyError
 from anabranch.protocols.part import Part
-from anabranch.protocols.tables import Training
+from anabranch.protocols.tables import Clipping, Engine, Training
 from tests.client.tuning.private_rig import (
     CLIPPINGS,
+    ENGINES,
     SGD,
+    bounded,
     examples,
+    gradient_sigma,
     make,
     moved,
     plan,
@@ -62,15 +64,16 @@ def clipped(
 ) -> Tensor:
     """Return Σ ḡ_i with gradients that are zero outside the part: one record at a time."""
     parameters = list(trainable_parameters(classifier).values())
-    inside = trained(classifier, part)
-    total = torch.zeros_like(inside)
+    masks = trained(classifier, part).split([p.numel() for p in parameters])
+    inside = [mask.view_as(p) for mask, p in zip(masks, parameters, strict=True)]
+    chosen = [i for i, mask in enumerate(inside) if mask.any()]
+    total = torch.zeros_like(trained(classifier, part))
     for feature, label in zip(data.features, data.labels, strict=True):
         batch, mask = collate([feature])
         loss = functional.cross_entropy(classifier(batch, mask), label[None])
         gradients = torch.autograd.grad(loss, parameters)
-        g = torch.cat([gradient.flatten() for gradient in gradients]) * inside
-        size = float(g.norm())
-        total += g * (min(1.0, norm / size) if clipping == "flat" else norm / (size + 0.01))
+        own = bounded([gradients[i] * inside[i] for i in chosen], clipping, norm)
+        total[torch.cat([torch.full_like(m, i in chosen) for i, m in enumerate(masks)]) > 0] += own
     return total
 
 
@@ -100,14 +103,15 @@ def test_no_record_contributes_more_than_the_clipping_norm(
 @pytest.mark.parametrize("part", PARTS, ids=str)
 @pytest.mark.parametrize("clipping", CLIPPINGS)
 @pytest.mark.parametrize("norm", [0.02, 50.0])  # all are clipped, none
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_norm_that_is_clipped_is_that_of_what_is_trained(
-    part: Part, clipping: Clipping, norm: float
+    part: Part, clipping: Clipping, norm: float, engine: Engine
 ) -> None:
     classifier, data = make(), examples()
     before, expected = values(classifier), clipped(make(), data, clipping, norm, part) / len(data)
     of = plan(clipping=clipping, clipping_norm=norm)
 
-    run(classifier, data, of, SGD, part=part, physical_batch=4)
+    run(classifier, data, of, SGD, part=part, physical_batch=4, engine=engine)
 
     torch.testing.assert_close(moved(classifier, before), -expected, rtol=1e-4, atol=1e-6)
 
@@ -155,7 +159,7 @@ def test_noise_has_the_planned_scale_on_what_is_trained(clipping: Clipping, part
         run(classifier, data, of, SGD, part=part, physical_batch=2, generator=seeded(seed))
         noises.append((-moved(classifier, before) * len(data) - signal)[inside])
 
-    noise = torch.cat(noises).numpy() / (sigma * norm)
+    noise = torch.cat(noises).numpy() / (gradient_sigma(of, len(data)) * norm)
     assert stats.kstest(noise, "norm").pvalue > 0.01
     for wrong in (1.5, 1 / 1.5):
         assert stats.kstest(noise * wrong, "norm").pvalue < 1e-6
@@ -198,10 +202,10 @@ def test_hooks_are_attached_to_trained_layers_alone(monkeypatch: pytest.MonkeyPa
             modules: Any = self._module.named_modules()
             hooked.extend(name for name, m in modules if m._backward_hooks)
 
-    monkeypatch.setattr(private, "GradSampleModule", Watched)
-    classifier = make()
+    monkeypatch.setattr(opacus_engine, "GradSampleModule", Watched)
+    part = Part(factors="B", dense=False)
 
-    run(classifier, examples(), plan(), SGD, part=Part(factors="B", dense=False))
+    run(make(), examples(), plan(), SGD, part=part, engine="opacus")
 
     assert hooked == ["base.layers.0.lora_B", "base.layers.1.lora_B"]
 

@@ -12,8 +12,9 @@ from anabranch.client.tuning import private
 from anabranch.client.tuning.lora import adapt
 from anabranch.client.tuning.private import require_as_planned, require_trained
 from anabranch.protocols.errors import PrivacyError
-from anabranch.protocols.tables import Lora, Training
+from anabranch.protocols.tables import Engine, Lora, Training
 from tests.client.tuning.private_rig import (
+    ENGINES,
     INNER,
     SGD,
     Sequences,
@@ -132,14 +133,15 @@ class Silenced(Sequences):
         (Silenced, "every record's gradient was zero"),
     ],
 )
+@pytest.mark.parametrize("engine", ENGINES)
 def test_models_that_cannot_be_trained_privately_are_refused(
-    kind: type[Sequences], message: str
+    kind: type[Sequences], message: str, engine: Engine
 ) -> None:
     classifier = make(kind)
     before, start = traces(classifier), values(classifier)
 
     with pytest.raises(PrivacyError, match=message):
-        run(classifier, examples(), plan(noise_multiplier=1.0), SGD)
+        run(classifier, examples(), plan(noise_multiplier=1.0), SGD, engine=engine)
 
     assert traces(classifier) == before
     assert not moved(classifier, start).any()

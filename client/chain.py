@@ -1,0 +1,249 @@
+"""What a ledger holds, as data: a chain of events, and what they add up to.
+
+    h_0 = 64 zeros
+    h_i = SHA-256("h_{i-1}\\ni\\nkind\\nbody"), hex          i = 1, 2, …
+
+`body` is JSON, and the text that was written is the text that is hashed. An event is only ever
+added, so the head h_n fixes all n of them.
+
+    kind      when                                       what it means for a row's ε
+    opened    once, at the beginning
+    imported  beside `opened`: from a ledger of format 1  charged to every row there is or will be
+    data      a data set trains for the first time
+    reserve   before a round trains                       charged to the rows of its data set
+    settle    before the round's update is released       nothing more: `reserve` counts alone
+    adopted   the owner accepts a restored ledger
+
+A reserve without a settle is a round that was cut off: its update may have left, so it counts.
+Names of fields and kinds are never taken away, nor is their meaning changed; a reader refuses
+what it does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import msgspec
+
+from anabranch.client.privacy import Spend
+from anabranch.protocols.tables import Count, Fraction, Positive
+
+GENESIS = "0" * 64
+Hash = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Identity = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Mechanism = Literal["poisson-subsampled-gaussian"]
+Neighbouring = Literal["add-or-remove-one-record"]
+
+
+class Witness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a ledger was when somebody looked: `head` is the hash of event `count`."""
+
+    ledger: Identity
+    path: str  # where the ledger was
+    count: Count
+    head: Hash
+
+
+class Opened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ledger begins."""
+
+    format: Literal[2]
+    ledger: Identity  # random
+    key: Hash  # SHA-256 of the key under which rows are hashed; the key is not in the chain
+    time: str  # of all events: UTC, ISO 8601
+
+
+class Imported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A spend of a ledger of format 1, which did not know the rows."""
+
+    data: str  # the fingerprint as it was
+    run: str
+    round: Count
+    state: Literal["reserved", "settled"]
+    noise_multiplier: Positive
+    sample_rate: Fraction
+    steps: Count
+    mechanism: Mechanism = "poisson-subsampled-gaussian"
+    neighbouring: Neighbouring = "add-or-remove-one-record"
+
+
+class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A set of rows; its fingerprint is the SHA-256 over their sorted keyed digests."""
+
+    data: Hash
+    rows: Count
+    time: str
+
+
+class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a round is about to spend on every row of its data set."""
+
+    data: Hash
+    run: str
+    round: Count
+    noise_multiplier: Positive
+    sample_rate: Fraction
+    steps: Count
+    time: str
+    mechanism: Mechanism = "poisson-subsampled-gaussian"
+    neighbouring: Neighbouring = "add-or-remove-one-record"
+
+
+class Settle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The round of event `reserve` trained as reserved; its update may leave now."""
+
+    reserve: Count
+    time: str
+
+
+class Adopted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The owner accepts the chain before this event, though `witnesses` knew another."""
+
+    witnesses: tuple[Witness, ...]
+    time: str
+
+
+Body = Opened | Imported | DataSet | Reserve | Settle | Adopted
+KINDS: Mapping[str, type[Body]] = {
+    "opened": Opened,
+    "imported": Imported,
+    "data": DataSet,
+    "reserve": Reserve,
+    "settle": Settle,
+    "adopted": Adopted,
+}
+_KIND = {body: kind for kind, body in KINDS.items()}
+
+
+class BrokenChain(ValueError):
+    """These events are not a chain that a ledger has written."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One link: `text` is the body as it was written and hashed."""
+
+    id: int
+    kind: str
+    text: str
+    hash: str
+
+    @property
+    def body(self) -> Body:
+        """Return the body; raise BrokenChain if no such kind or body exists."""
+        try:
+            return msgspec.json.decode(self.text, type=KINDS[self.kind])
+        except (KeyError, msgspec.DecodeError, UnicodeError) as error:
+            raise BrokenChain(f"event {self.id} ({self.kind}) cannot be read: {error}") from None
+
+
+def link(previous: Event | None, body: Body) -> Event:
+    """Return the event with `body` that follows `previous`."""
+    number = 1 if previous is None else previous.id + 1
+    before = GENESIS if previous is None else previous.hash
+    kind, text = _KIND[type(body)], msgspec.json.encode(body).decode()
+    return Event(number, kind, text, link_hash(before, number, kind, text))
+
+
+def link_hash(previous: str, number: int, kind: str, text: str) -> str:
+    """Return h_i."""
+    return hashlib.sha256(f"{previous}\n{number}\n{kind}\n{text}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a chain adds up to."""
+
+    opened: Opened
+    count: int
+    heads: tuple[str, ...]  # heads[i] is the hash of event i + 1
+    imported: tuple[Imported, ...] = ()
+    sets: Mapping[str, DataSet] = field(default_factory=dict)  # by fingerprint
+    reserved: Mapping[int, Reserve] = field(default_factory=dict)  # by event
+    settled: frozenset[int] = frozenset()  # events of kind reserve
+
+    @property
+    def head(self) -> str:
+        """Return the hash of the last event."""
+        return self.heads[-1]
+
+    @property
+    def open(self) -> frozenset[int]:
+        """Return the reserve events without a settle."""
+        return frozenset(self.reserved) - self.settled
+
+    def holds(self, witness: Witness) -> bool:
+        """Return whether the witness saw a beginning of this chain."""
+        return (
+            witness.ledger == self.opened.ledger
+            and witness.count <= self.count
+            and self.heads[witness.count - 1] == witness.head
+        )
+
+    def spends(self, data: Iterable[str] | None = None, run: str | None = None) -> list[Spend]:
+        """Return all that was spent, oldest first; on some data sets, or in one run, if given.
+
+        Imported spends are on every data set.
+        """
+        wanted = None if data is None else frozenset(data)
+        events: list[Imported | Reserve] = [*self.imported, *self.reserved.values()]
+        return [
+            spend_of(event)
+            for event in events
+            if (run is None or event.run == run)
+            and (wanted is None or isinstance(event, Imported) or event.data in wanted)
+        ]
+
+
+def spend_of(event: Imported | Reserve) -> Spend:
+    """Return what an event spends."""
+    return Spend(
+        noise_multiplier=event.noise_multiplier,
+        sample_rate=event.sample_rate,
+        steps=event.steps,
+    )
+
+
+def replay(events: Sequence[Event]) -> State:
+    """Check every link and return what the events add up to. Raises BrokenChain."""
+    previous = GENESIS
+    opened: list[Opened] = []
+    imported: list[Imported] = []
+    sets: dict[str, DataSet] = {}
+    reserved: dict[int, Reserve] = {}
+    settled: set[int] = set()
+    for number, event in enumerate(events, 1):
+        if event.id != number:
+            raise BrokenChain(f"event {number} is missing: after it comes event {event.id}")
+        if event.hash != link_hash(previous, number, event.kind, event.text):
+            raise BrokenChain(f"event {number} ({event.kind}) is not what was written")
+        previous = event.hash
+        match event.body:
+            case Opened() as body if number == 1:
+                opened.append(body)
+            case Imported() as body if opened and not sets:
+                imported.append(body)
+            case DataSet() as body if opened and body.data not in sets:
+                sets[body.data] = body
+            case Reserve() as body if body.data in sets:
+                reserved[number] = body
+            case Settle() as body if body.reserve in reserved and body.reserve not in settled:
+                settled.add(body.reserve)
+            case Adopted() if opened:
+                pass
+            case _:
+                raise BrokenChain(f"event {number} ({event.kind}) cannot follow what is before it")
+    if not opened:
+        raise BrokenChain("the chain is empty: not even its first event is there")
+    return State(
+        opened=opened[0],
+        count=len(events),
+        heads=tuple(event.hash for event in events),
+        imported=tuple(imported),
+        sets=sets,
+        reserved=reserved,
+        settled=frozenset(settled),
+    )

@@ -1,0 +1,335 @@
+"""A privacy statement in words, as rows of tables, and as JSON: the same for card, page, summary.
+
+Written for whoever signs it: a number comes with its unit and what it means, and a guarantee
+with whom it protects against whom.
+"""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, Context, Decimal
+from typing import Any
+
+from anabranch.server.aggregation.private import ClientPlan
+from anabranch.server.disclosures import LIMITS
+from anabranch.server.statement import (
+    GROUPS,
+    PrivacyStatement,
+    RecordLevel,
+    SiteGuarantee,
+    SitePrivacy,
+    guess,
+)
+
+NONE = (
+    "There is no differential privacy: this model was trained on the records as they are. It may "
+    "have memorised some of them; treat it as you treat the records."
+)
+NO_RECORD_LEVEL = (
+    "Record level: none. Sites sent what they learned without noise, and the coordinator saw each "
+    "update as it is."
+)
+NO_CLIENT_LEVEL = (
+    "Client level: none. That a site took part, and what its records have in common, is not hidden."
+)
+APART = (
+    "Both guarantees hold at once. They are two statements about the same run: each has its own "
+    "ε and δ, and they are not to be added or compared."
+)
+SITE_HEAD = ("site", "ε, all runs", "ε, this run", "δ", "σ", "q", "steps", "engine", "ledger head")
+GROUP_HEAD = ("site", *(f"{size} records" for size in GROUPS))
+DISCLOSURE_HEAD = ("what", "status", "why")
+LEGEND = (
+    "ε (epsilon): bound on the privacy loss; smaller is more private",
+    "δ (delta): chance with which the bound on ε may fail",
+    "σ: standard deviation of the noise, over the clipping norm C",
+    "q: chance that a record is in the batch of one step",
+    "steps: noisy gradient steps of this run whose result counted",
+    "ε, all runs: the most that any of these records has spent over all runs, as the site's ledger "
+    "says; ε, this run: computed by the coordinator from σ, q and steps",
+    "engine: which code computed the gradients; ledger head: the last hash of the site's "
+    "hash-chained ledger, in full in summary.json, by which the site can show that its ledger was "
+    "not changed since",
+)
+ABSENT = "\u2013"  # as on the page
+SHOWN_HEX = 16
+LARGEST_DELTA = 0.1  # 1 / (10 n) at n = 1
+
+
+def paragraphs(statement: PrivacyStatement) -> list[str]:
+    """Return the whole statement as paragraphs of plain text, without its tables."""
+    if statement.record is None and statement.client is None:
+        return [NONE]
+    found = record_paragraphs(statement.record) + client_paragraphs(statement)
+    return found + ([APART] if statement.record and statement.client else [])
+
+
+def record_paragraphs(record: RecordLevel | None) -> list[str]:
+    """Return the record-level guarantee, or that there is none."""
+    if record is None:
+        return [NO_RECORD_LEVEL]
+    promise = (
+        "Record level: one record of a site. For every site k, the sequence of all messages that "
+        f"it sent in rounds 1 to {record.rounds} is (ε_k, δ_k)-differentially private with respect "
+        "to adding or removing one record of its training set, against the coordinator and "
+        "everyone who sees what it publishes. What a message holds beside the trained values is "
+        "marked below as charged, fixed in advance or not covered."
+    )
+    mechanism = (
+        f"Mechanism: DP-SGD. Each step draws a Poisson sample of the records, {_clipping(record)}, "
+        "and adds Gaussian noise of standard deviation σ·C to the sum. Accountant: PRV (Gopi, Lee, "
+        "Wutschitz 2021), its upper bound."
+    )
+    delta = LARGEST_DELTA if record.delta is None else record.delta
+    means = _means(record.epsilon, delta, "one record was in a training set")
+    patient = (
+        "One patient: the unit is one record (g = 1). Whoever has g records at a site is protected "
+        "less: (ε, δ) for one record is (g·ε, g·e^((g−1)·ε)·δ) for g."
+    )
+    if not record.sites:
+        return [promise, means, _enforced(record), patient, mechanism]
+    sizes = " and ".join(str(size) for size in GROUPS)
+    largest = (
+        f"Target of this run: ε = {record.target:g} per site. Largest over all sites, all runs: "
+        f"ε = {_upper(record.epsilon)}, δ = {_small(delta)}. It holds for every record that is at "
+        "one site alone (parallel composition); for a record at several sites, their ε add up. A "
+        "site whose deltas never counted is not listed; its ledger has what it spent."
+    )
+    patient += (
+        f" For {sizes} records and this run alone, the table has closer bounds at the same δ."
+    )
+    return [promise, means, largest, patient, mechanism]
+
+
+def _enforced(record: RecordLevel) -> str:
+    """Return what holds where sites are not listed."""
+    delta = "δ = 1/(10 n) of a site with n training records"
+    if record.target_delta is not None:
+        delta = f"δ = {_small(record.target_delta)}"
+    return (
+        f"In this run ε_k is at most {record.target:g} at {delta}: each site computes its σ and q "
+        "before it trains and refuses the round that would exceed it. Sites are not listed here, "
+        "because the client-level guarantee hides who took part; the numbers of each, with the ε "
+        "of its earlier runs, are in its own ledger."
+    )
+
+
+def client_paragraphs(statement: PrivacyStatement) -> list[str]:
+    """Return the client-level guarantee, or that there is none."""
+    plan = statement.client
+    if plan is None:
+        return [NO_CLIENT_LEVEL]
+    return [
+        f"Client level: one client with all its records. The sequence of models that the "
+        f"coordinator publishes in rounds 1 to {plan.rounds} is (ε_u, δ_u)-differentially private "
+        f"with ε_u = {_upper(plan.epsilon)} and δ_u = {_small(plan.delta)}, with respect to "
+        "adding or removing one client with all its records, against everyone who sees the "
+        "published models, other clients included. It does not hold against the coordinator, "
+        "which sees each client's update and draws the noise, nor against whoever sees which "
+        "clients are drawn.",
+        _means(plan.epsilon, plan.delta, "one client took part"),
+        f"Mechanism: in each round, each of N = {plan.population} clients is drawn with chance "
+        f"q = {plan.sample_rate:.6g}, independently (Poisson sampling). {_bound(plan)} "
+        f"T = {plan.rounds} rounds. Accountant: PRV (Gopi, Lee, Wutschitz 2021), its upper bound.",
+    ] + ([f"Target of this run: ε_u = {statement.client_target:g} for the whole run."]
+         if statement.client_target is not None else [])  # fmt: skip
+
+
+def site_rows(statement: PrivacyStatement) -> list[list[str]]:
+    """Return the cells under SITE_HEAD, one row per site; [] if none is listed."""
+    record = statement.record
+    return [] if record is None else [_site_row(one) for one in record.sites]
+
+
+def group_rows(statement: PrivacyStatement) -> list[list[str]]:
+    """Return the cells under GROUP_HEAD, of the sites whose costs were computed."""
+    record = statement.record
+    return [
+        [one.spent.site, *(_group(one.groups[size]) for size in GROUPS)]
+        for one in (() if record is None else record.sites)
+        if one.groups
+    ]
+
+
+def group_note(statement: PrivacyStatement) -> str:
+    """Return which sites the group table leaves out; "" if none."""
+    record = statement.record
+    if record is None or all(one.groups for one in record.sites):
+        return ""
+    shown = sum(1 for one in record.sites if one.groups)
+    return f"For the {shown} of {len(record.sites)} sites with the largest ε of this run."
+
+
+def disclosure_rows(statement: PrivacyStatement) -> list[list[str]]:
+    """Return the cells under DISCLOSURE_HEAD."""
+    return [[one.what, one.status, one.why] for one in statement.disclosures]
+
+
+def limits(statement: PrivacyStatement) -> tuple[str, ...]:
+    """Return what no guarantee of this run covers, beside what is marked so; () without any."""
+    return LIMITS if statement.record or statement.client else ()
+
+
+def as_json(statement: PrivacyStatement) -> dict[str, Any]:
+    """Return what summary.json holds under "privacy"; a guarantee that is absent is None."""
+    return {
+        "record_level": None if statement.record is None else _record_json(statement.record),
+        "client_level": None if statement.client is None else _client_json(statement),
+        "releases": [
+            {"what": one.what, "status": one.status, "why": one.why}
+            for one in statement.disclosures
+        ],
+        "limits": list(limits(statement)),
+        "statement": "\n\n".join(paragraphs(statement)),
+    }
+
+
+def _means(epsilon: float, delta: float, question: str) -> str:
+    """Return what (ε, δ) bounds, in words that need no mathematics."""
+    return (
+        f"In words: somebody who sees all of that and guesses whether {question}, with even odds "
+        f"before, is right at most {_percent(guess(epsilon, delta))} of the time (a coin is right "
+        "50 %)."
+    )
+
+
+def _upper(bound: float, digits: int = 3) -> str:
+    """Return an upper bound with so many digits after the point, rounded up."""
+    return str(Decimal(repr(bound)).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING))
+
+
+def _small(bound: float) -> str:
+    """Return an upper bound with three digits, rounded up."""
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(bound))):.3g}"
+
+
+def _percent(share: float) -> str:
+    """Return a share rounded up to a tenth of a percent: it is a bound."""
+    tenths = -int(-1000 * share // 1)
+    return f"{min(tenths, 1000) / 10:.1f} %"
+
+
+def _clipping(record: RecordLevel) -> str:
+    norm = f"C = {record.clipping_norm:g}"
+    match record.clipping:
+        case "flat":
+            return f"clips each record's gradient to ℓ2 norm {norm} (flat)"
+        case "automatic":
+            return f"scales each record's gradient to an ℓ2 norm below {norm} (automatic, AUTO-S)"
+        case "per-layer":
+            return (
+                f"clips each record's gradient tensor by tensor, to C/√L for L tensors, {norm} in "
+                "all (per-layer)"
+            )
+        case "adaptive":
+            return (
+                f"clips each record's gradient to ℓ2 norm C, which starts at {norm} and follows "
+                f"the {record.target_quantile:g}-quantile of the norms (adaptive)"
+            )
+
+
+def _bound(plan: ClientPlan) -> str:
+    """Return how an update is clipped and weighed, and what noise the sum gets."""
+    norm, count = f"S = {plan.clipping_norm:g}", ""
+    noise = f"z·S, z = {plan.noise_multiplier:.4f}, is added to the sum"
+    if plan.share_noise is not None:
+        norm = (
+            f"S, which starts at {plan.clipping_norm:g} and follows the "
+            f"{plan.target_quantile:g}-quantile of the updates' norms (adaptive),"
+        )
+        noise = f"{plan.update_noise:.4f}·S is added to the sum"
+        count = (
+            f", and of standard deviation {plan.share_noise:.4f} to the count of norms within S; "
+            f"together they cost what z = {plan.noise_multiplier:.4f} costs alone"
+        )
+    weight = "all weigh the same"
+    if plan.max_examples is not None:
+        weight = f"it weighs min(n / {plan.max_examples}, 1) for n records, at most 1"
+    return (
+        f"Its whole update is clipped to ℓ2 norm {norm} and {weight}. Gaussian noise of standard "
+        f"deviation {noise}{count}."
+    )
+
+
+def _site_row(one: SiteGuarantee) -> list[str]:
+    spent = one.spent
+    return [
+        spent.site,
+        _upper(spent.epsilon),
+        _upper(one.epsilon_run),
+        _small(spent.delta),
+        f"{spent.noise_multiplier:.4f}",
+        f"{spent.sample_rate:.6f}",
+        str(spent.steps),
+        spent.engine or ABSENT,
+        _head(spent),
+    ]
+
+
+def _head(spent: SitePrivacy) -> str:
+    head = spent.ledger
+    if head is None:
+        return ABSENT
+    if not set(head) <= set("0123456789abcdef"):
+        return "no hash"  # a site may say anything here
+    return head if len(head) <= SHOWN_HEX else f"{head[:SHOWN_HEX]}…"
+
+
+def _group(epsilon: float | None) -> str:
+    return "no useful bound" if epsilon is None else f"ε = {_upper(epsilon, 2)}"
+
+
+def _record_json(record: RecordLevel) -> dict[str, Any]:
+    return {
+        "unit": "one record of one site",
+        "neighbours": "one record added or removed",
+        "against": "the coordinator and everyone who sees what it publishes",
+        "rounds": record.rounds,
+        "target_epsilon": record.target,
+        "epsilon": record.epsilon,
+        "delta": record.delta,  # None: 1 / (10 n) of each site
+        "composition": "parallel over sites: every record at one site alone",
+        "accountant": "PRV",
+        "sampling": "Poisson",
+        "clipping": record.clipping,
+        "clipping_norm": record.clipping_norm,
+        "target_quantile": record.target_quantile if record.clipping == "adaptive" else None,
+        "sites": {one.spent.site: _site_json(one) for one in record.sites},
+    }
+
+
+def _site_json(one: SiteGuarantee) -> dict[str, Any]:
+    spent = one.spent
+    return {
+        "epsilon": spent.epsilon,
+        "epsilon_this_run": one.epsilon_run,
+        "delta": spent.delta,
+        "noise_multiplier": spent.noise_multiplier,
+        "sample_rate": spent.sample_rate,
+        "steps": spent.steps,
+        "engine": spent.engine,
+        "ledger": spent.ledger,
+        "groups": {str(size): epsilon for size, epsilon in one.groups.items()},
+    }
+
+
+def _client_json(statement: PrivacyStatement) -> dict[str, Any]:
+    plan = statement.client
+    assert plan is not None  # as_json asks only then
+    return {
+        "unit": "one client with all its records",
+        "neighbours": "one client added or removed",
+        "against": "everyone who sees the published models; not the coordinator",
+        "rounds": plan.rounds,
+        "target_epsilon": statement.client_target,
+        "epsilon": plan.epsilon,
+        "delta": plan.delta,
+        "accountant": "PRV",
+        "sampling": "Poisson",
+        "population": plan.population,
+        "sample_rate": plan.sample_rate,
+        "noise_multiplier": plan.noise_multiplier,
+        "clipping": "adaptive" if plan.adaptive else "fixed",
+        "clipping_norm": plan.clipping_norm,
+        "target_quantile": plan.target_quantile if plan.adaptive else None,
+        "max_examples": plan.max_examples,
+    }
