@@ -106,15 +106,15 @@ class PrivateStep:
     def _chunks(self, batch: Examples, canaries: Tensor | None) -> Iterator[PerRecord]:
         """Yield the gradients of one micro-batch after another."""
         count, size = len(batch), self._physical_batch
-        if 0 < count <= size:
-            with torch.enable_grad():
-                yield self._gradients.gradients(batch)
-        elif count:
+        chunks = [batch] if 0 < count <= size else []
+        if count > size:
             sizes = lengths(batch.features)
             order = sorted(range(count), key=lambda i: sizes[i])
-            for start in range(0, count, size):
-                with torch.enable_grad():
-                    yield self._gradients.gradients(batch.take(order[start : start + size]))
+            chunks = [batch.take(order[i : i + size]) for i in range(0, count, size)]
+        for chunk in chunks:
+            with torch.enable_grad():
+                gradients = self._gradients.gradients(chunk)
+            yield gradients
         if canaries is not None and len(canaries):
             yield from_rows(canaries.to(self._flat.values), self._flat.slots)
 

@@ -145,9 +145,12 @@ def private_steps(
     Nothing here samples or accounts: only fit_private gives a guarantee. Where `engine` is
     "fast" and a trained tensor belongs to a layer it does not know, Opacus computes all
     gradients, and the log says so. Raises PrivacyError if a module mixes the records of a
-    batch, or no engine knows a trained layer.
+    batch, no engine knows a trained layer, or the clipping norm is not above 0 and finite.
     """
     _require_separable(classifier)
+    norm = plan.clipping_norm if clipping_norm is None else clipping_norm
+    if not 0 < norm < math.inf:
+        raise PrivacyError(f"expected a clipping norm above 0, got {norm}")
     flat = Flat(active.parameters)
     weights = None if config.class_weights == "none" else torch.tensor(config.class_weights)
     with flat.attached() as vectors, _engine(engine, classifier, active, weights) as gradients:
@@ -161,7 +164,7 @@ def private_steps(
             randomness=randomness,
             proximal_mu=proximal_mu,
             physical_batch=physical_batch,
-            clipping_norm=plan.clipping_norm if clipping_norm is None else clipping_norm,
+            clipping_norm=norm,
         )
 
 

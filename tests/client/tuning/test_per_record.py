@@ -82,8 +82,7 @@ def sequences(width: int, longest: int = 7, records: int = RECORDS) -> Examples:
 
 
 def rows(width: int) -> Examples:
-    rng = torch.Generator().manual_seed(4)
-    features = [torch.randn(width, generator=rng) for _ in range(RECORDS)]
+    features = list(torch.randn(RECORDS, width, generator=torch.Generator().manual_seed(4)))
     return Examples(features, torch.arange(RECORDS) % LABELS)
 
 
@@ -135,7 +134,7 @@ KINDS: dict[str, Callable[[], tuple[nn.Module, Examples]]] = {
     "layer norm": lambda: (Net(nn.LayerNorm(5), 5, 5), sequences(5)),
     "layer norm without bias": lambda: (Net(nn.LayerNorm(5, bias=False), 5, 5), sequences(5)),
     "layer norm on vectors": lambda: (Net(nn.LayerNorm(5), 5, 5), rows(5)),
-    "layer norm called twice": lambda: (Net(nn.LayerNorm(5), 5, 5, twice=True), sequences(5)),
+    "norm called twice": lambda: (Net(nn.LayerNorm(5), 5, 5, twice=True), sequences(5)),
     "stack": lambda: (Stack(), sequences(5)),
 }
 
@@ -179,16 +178,14 @@ def test_any_shape_and_either_factor_alone(
 
     found = require_equal(model, sequences(width, longest, records), fast_gradients)
 
-    names = {"A": "layer.lora_A.weight", "B": "layer.lora_B.weight"}
-    assert set(found.parts) == {names[factor] for factor in factors}
+    assert set(found.parts) == {f"layer.lora_{factor}.weight" for factor in factors}
 
 
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_a_ghost_is_the_matrix_it_stands_for(tokens: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, tokens, 5, generator=rng)
-    e = torch.randn(4, tokens, 3, generator=rng)
+    x, e = (torch.randn(4, tokens, width, generator=rng) for width in (5, 3))
     factors, ghost = torch.rand(4, generator=rng), Ghost(x, e)
     matrix = Matrix(torch.bmm(e.mT, x).flatten(1))
     one, other = torch.zeros(15), torch.zeros(15)
@@ -221,8 +218,7 @@ def test_small_gradients_are_one_block_and_large_ones_are_not() -> None:
     assert (at, others) == (slice(0, 16), [])
     for slot in slots:
         torch.testing.assert_close(slot.shaped(total[slot.start : slot.stop]), apart[slot.name])
-    large = PerRecord(1 << 19, {s.name: Matrix(torch.empty(0)) for s in slots})
-    assert len(large.blocks(slots, packed=True)) == 3
+    assert len(PerRecord(1 << 19, small.parts).blocks(slots, packed=True)) == 3
 
 
 def test_ghosts_are_for_short_sequences_and_large_weights() -> None:
@@ -234,20 +230,18 @@ def test_ghosts_are_for_short_sequences_and_large_weights() -> None:
 # Layers that change what they are given, and what stays behind
 
 
-def test_what_follows_a_layer_may_change_its_output_in_place() -> None:
+class Inplace(Net):
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        logits: Tensor = self.head(functional.relu_(self.layer(h)))
+        return logits
+
+
+@pytest.mark.parametrize("layer", [lora(5, 7), nn.Linear(5, 7), nn.LayerNorm(5)])
+def test_what_follows_a_layer_may_change_its_output_in_place(layer: nn.Module) -> None:
     torch.manual_seed(1)
-    model = nn.Sequential(lora(5, 7), nn.ReLU(inplace=True), nn.Linear(7, LABELS))
+    model = Inplace(layer, 5, 5 if isinstance(layer, nn.LayerNorm) else 7)
 
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
-            logits: Tensor = self.inner(h)
-            return logits
-
-    require_equal(Wrapped(), rows(5), fast_gradients)
+    require_equal(model, rows(5), fast_gradients)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -255,7 +249,6 @@ def test_layers_get_their_own_forward_back(fails: bool) -> None:
     model, data = Stack(), sequences(5)
     before = {name: sorted(vars(m)) for name, m in model.named_modules()}
     expected = model(*collate(data.features))
-
     with fast_gradients(model, trained(model), None) as source:
         source.gradients(data)
         if fails:

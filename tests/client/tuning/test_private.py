@@ -86,14 +86,8 @@ def test_clipped_sums_are_those_of_records_taken_one_at_a_time(
     classifier, data = make(), examples()
     before, expected = values(classifier), clipped_sum(make(), data, clipping, norm) / len(data)
 
-    run(
-        classifier,
-        data,
-        plan(clipping=clipping, clipping_norm=norm),
-        SGD,
-        physical_batch=physical_batch,
-        engine=engine,
-    )
+    of = plan(clipping=clipping, clipping_norm=norm)
+    run(classifier, data, of, SGD, physical_batch=physical_batch, engine=engine)
 
     torch.testing.assert_close(moved(classifier, before), -expected, rtol=1e-4, atol=1e-6)
 
@@ -189,9 +183,8 @@ def test_sites_and_rounds_do_not_share_noise() -> None:
         run(classifier, examples(), plan(noise_multiplier=50.0), SGD, generator=None)
         noises.append(moved(classifier, before).numpy())
 
-    assert (
-        abs(np.corrcoef(noises[0], noises[1])[0, 1]) < 0.75
-    )  # 7 standard deviations; the same noise has 1
+    # 7 standard deviations; the same noise has 1
+    assert abs(np.corrcoef(noises[0], noises[1])[0, 1]) < 0.75
 
 
 def test_empty_batches_take_a_step_of_noise() -> None:

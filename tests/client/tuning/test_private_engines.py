@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from anabranch.client.privacy import Spend
 from anabranch.client.tuning.active import only
 from anabranch.client.tuning.lora import adapt, trainable_parameters
+from anabranch.client.tuning.noisy import PrivateStep
 from anabranch.client.tuning.private import private_steps
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.adapter import WHOLE
@@ -50,7 +51,7 @@ class Convolved(Sequences):
 
     def run(self, h: Tensor, mask: Tensor | None, start: int, stop: int) -> Tensor:
         if start == 0:
-            h = self.base.filters(h.mT).mT  # type: ignore[operator,union-attr]
+            h = self.base.filters(h.mT).mT  # type: ignore[operator]
         return super().run(h, mask, start, stop)
 
 
@@ -167,8 +168,6 @@ def test_other_clipping_leaves_the_norm_alone() -> None:
 @pytest.mark.parametrize("clipping", CLIPPINGS)
 def test_what_ran_is_what_was_drawn(clipping: Clipping, monkeypatch: pytest.MonkeyPatch) -> None:
     # A step that draws noise with half of the planned multiplier is told from one that does not.
-    from anabranch.client.tuning.noisy import PrivateStep
-
     honest = PrivateStep._perturb
     monkeypatch.setattr(PrivateStep, "_perturb", lambda self, t, sigma: honest(self, t, sigma / 2))
     classifier = make()
@@ -181,8 +180,6 @@ def test_what_ran_is_what_was_drawn(clipping: Clipping, monkeypatch: pytest.Monk
 
 
 def test_a_step_without_noise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anabranch.client.tuning.noisy import PrivateStep
-
     monkeypatch.setattr(PrivateStep, "_add_noise", lambda *_: None)
 
     with pytest.raises(PrivacyError, match=r"ran \[\]: the update is discarded"):

@@ -73,6 +73,12 @@ def test_steps_outside_the_plan_are_refused(steps: int, offset: int) -> None:
         run(make(), examples(), plan(steps=10), SGD, steps=steps, step_offset=offset)
 
 
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clipping_norm_that_bounds_nothing_is_refused(norm: float) -> None:
+    with pytest.raises(PrivacyError, match="expected a clipping norm above 0"):
+        run(make(), examples(), plan(), SGD, clipping_norm=norm)
+
+
 def test_class_weights_from_the_labels_are_refused() -> None:
     config = Training(batch_size=11, class_weights="balanced")
     with pytest.raises(PrivacyError, match="computed from the labels"):

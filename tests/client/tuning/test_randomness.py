@@ -15,6 +15,7 @@ def stream(seed: int = 0) -> Randomness:
 def test_gaussians_have_the_right_scale_and_one_half_wrong_is_noticed() -> None:
     values = stream().normal(4000)
 
+    assert values.dtype == np.float32
     assert stats.kstest(values, "norm").pvalue > 0.01
     assert stats.kstest(values * 1.5, "norm").pvalue < 1e-6
     assert stats.kstest(values / 1.5, "norm").pvalue < 1e-6
@@ -64,3 +65,41 @@ def test_seeds_that_differ_above_32_bits_differ() -> None:
 def test_a_generator_makes_a_stream_reproducible() -> None:
     np.testing.assert_array_equal(stream(3).normal(9), stream(3).normal(9))
     assert not np.array_equal(stream(3).normal(9), stream(4).normal(9))
+
+
+class Constant:
+    """A key stream of one byte over and over."""
+
+    def __init__(self, byte: bytes) -> None:
+        self.byte = byte
+
+    def update(self, data: bytes) -> bytes:
+        return self.byte * len(data)
+
+
+@pytest.mark.parametrize(("byte", "radius"), [(b"\0", 0.0), (b"\xff", 8.5716)])
+def test_gaussians_are_finite_at_both_ends_of_the_stream(byte: bytes, radius: float) -> None:
+    source = stream()
+    source._stream = Constant(byte)  # type: ignore[assignment]
+
+    values = source.normal(4)
+
+    assert np.hypot(values[0], values[2]) == pytest.approx(radius, rel=1e-5)
+
+
+def test_gaussians_are_the_transform_in_double_precision_to_float32() -> None:
+    source, copy = stream(5), stream(5)
+    radius = np.sqrt(-2 * np.log1p(-copy.uniform(5000)))
+    words = np.frombuffer(copy._stream.update(bytes(4 * 5000)), "<i4")
+    angle = np.pi * words.astype(np.float64) / 2**31
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+
+    np.testing.assert_allclose(source.normal(10_000), expected, rtol=0, atol=3e-6)
+
+
+def test_the_tail_is_as_heavy_as_a_gaussians() -> None:
+    values = np.abs(stream(6).normal(2_000_000))
+
+    for bound in (1.0, 3.0, 4.0):
+        count = int((values > bound).sum())
+        assert stats.binomtest(count, len(values), 2 * stats.norm.sf(bound)).pvalue > 0.001
