@@ -142,13 +142,16 @@ KINDS: dict[str, Callable[[], tuple[nn.Module, Examples]]] = {
 # Laws
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", [fast_gradients, opacus_gradients], ids=["fast", "opacus"])
+ENGINES: dict[str, Engine] = {"fast": fast_gradients, "opacus": opacus_gradients}
+CASES = [(kind, name) for kind in KINDS for name in ENGINES]
+CASES.remove(("layer norm without bias", "opacus"))  # Opacus expects a bias
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_norms_and_clipped_sums_are_those_of_records_taken_one_at_a_time(
-    kind: str, engine: Engine
+    kind: str, name: str
 ) -> None:
-    if kind == "layer norm without bias" and engine is opacus_gradients:
-        pytest.skip("Opacus expects a bias")
+    engine = ENGINES[name]
     torch.manual_seed(1)
     model, data = KINDS[kind]()
 
