@@ -19,7 +19,7 @@ from anabranch.client.audit.record import (
     audit_site,
     final_adapter,
     find_sites,
-    part_of,
+    report_of,
 )
 from anabranch.client.audit.replay import Parts
 from anabranch.client.audit.report import FALSE_ALARM, Report, level_for
@@ -83,7 +83,7 @@ def audit(
             config, initial_adapter(config), canaries=canaries, rng=rng, on_replay=on_replay
         )
         clients = claim, replays, client_checks(claim, replays, rng, level)
-    parts = [part_of(one, level) for one in results]
+    parts = [report_of(one, level) for one in results]
     parts += [] if clients is None else [client_part(*clients, level)]
     report = Report(
         run=str(summary.get("run", run.name)),

@@ -26,9 +26,8 @@ from torch import Tensor
 from anabranch.client.audit.canaries import Canaries, Seen, draw_directions
 from anabranch.client.audit.checks import Check, Ints
 from anabranch.client.audit.evidence import Claim, canary_guesses, mechanism_checks
-from anabranch.client.audit.guesses import reach
 from anabranch.client.audit.replay import MOST_REPLAYS, Replay
-from anabranch.client.audit.report import CONFIDENCE, Bound, Part, rows
+from anabranch.client.audit.report import Part, part_of
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
@@ -97,27 +96,16 @@ def client_checks(
 
 def client_part(claim: Claim, replays: list[Replay], checks: list[Check], level: float) -> Part:
     """Return the client-level part of the report, every test at `level`."""
-    guessed = canary_guesses(replays, claim)
-    return Part(
-        subject="clients",
-        unit="client",
-        epsilon=claim.epsilon,
-        delta=claim.delta,
-        noise_multiplier=claim.sigma,
-        sample_rate=claim.sample_rate,
-        steps=claim.steps,
+    return part_of(
+        "clients",
+        "client",
+        claim,
+        canary_guesses(replays, claim),
+        checks,
+        replays=len(replays),
+        score=SCORE,
         threat_model=THREAT_MODEL,
-        bound=Bound(
-            epsilon_lower=guessed.epsilon_lower,
-            confidence=CONFIDENCE,
-            reach=reach(guessed.best.canaries, claim.delta),
-            canaries=guessed.best.canaries,
-            guessed=guessed.best.guessed,
-            correct=guessed.best.correct,
-            replays=len(replays),
-            score=SCORE,
-        ),
-        checks=rows(checks, level),
+        level=level,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -23,7 +24,6 @@ from anabranch.client.audit.evidence import (
     mechanism_checks,
     shared_by_clients,
 )
-from anabranch.client.audit.guesses import reach
 from anabranch.client.audit.membership import (
     Floats,
     Membership,
@@ -33,7 +33,7 @@ from anabranch.client.audit.membership import (
     membership_p_value,
 )
 from anabranch.client.audit.replay import Parts, Replay, Subject, replay, replays_of, twins
-from anabranch.client.audit.report import CONFIDENCE, Bound, MembershipRow, Part, rows
+from anabranch.client.audit.report import MembershipRow, Part, part_of
 from anabranch.client.data.records import Records, load_records, split
 from anabranch.client.privacy import epsilon_of, plan_for
 from anabranch.client.site import MODELS
@@ -222,29 +222,21 @@ def checks_of(result: SiteResult) -> list[Check]:
     return [*found, *result.checks]
 
 
-def part_of(result: SiteResult, level: float) -> Part:
+def report_of(result: SiteResult, level: float) -> Part:
     """Return a site's part of the report, every test at `level`."""
-    claim, guessed = result.claim, result.guessed
-    return Part(
-        subject=result.subject.site,
-        unit="record",
-        epsilon=claim.epsilon,
-        delta=claim.delta,
-        noise_multiplier=claim.sigma,
-        sample_rate=claim.sample_rate,
-        steps=claim.steps,
+    part = part_of(
+        result.subject.site,
+        "record",
+        result.claim,
+        result.guessed,
+        checks_of(result),
+        replays=len(result.replays),
+        score=SCORE,
         threat_model=THREAT_MODEL,
-        bound=Bound(
-            epsilon_lower=guessed.epsilon_lower,
-            confidence=CONFIDENCE,
-            reach=reach(guessed.best.canaries, claim.delta),
-            canaries=guessed.best.canaries,
-            guessed=guessed.best.guessed,
-            correct=guessed.best.correct,
-            replays=len(result.replays),
-            score=SCORE,
-        ),
-        checks=rows(checks_of(result), level),
+        level=level,
+    )
+    return msgspec.structs.replace(
+        part,
         membership=_membership_row(result),
         membership_left_out=result.membership_left_out,
     )

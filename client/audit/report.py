@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import msgspec
 
 from anabranch.client.audit.checks import Check
+from anabranch.client.audit.evidence import Claim, Guessed
+from anabranch.client.audit.guesses import reach
 
 FALSE_ALARM = 0.01
 TESTS = 15  # of one mechanism, at most
@@ -101,6 +103,42 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def level_for(mechanisms: int) -> float:
     """Return the level of every test, known before any of them."""
     return FALSE_ALARM / (TESTS * mechanisms)
+
+
+def part_of(
+    subject: str,
+    unit: str,
+    claim: Claim,
+    guessed: Guessed,
+    checks: Sequence[Check],
+    *,
+    replays: int,
+    score: str,
+    threat_model: str,
+    level: float,
+) -> Part:
+    """Return the report on one guarantee, every test at `level`, before any membership test."""
+    return Part(
+        subject=subject,
+        unit=unit,
+        epsilon=claim.epsilon,
+        delta=claim.delta,
+        noise_multiplier=claim.sigma,
+        sample_rate=claim.sample_rate,
+        steps=claim.steps,
+        threat_model=threat_model,
+        bound=Bound(
+            epsilon_lower=guessed.epsilon_lower,
+            confidence=CONFIDENCE,
+            reach=reach(guessed.best.canaries, claim.delta),
+            canaries=guessed.best.canaries,
+            guessed=guessed.best.guessed,
+            correct=guessed.best.correct,
+            replays=replays,
+            score=score,
+        ),
+        checks=rows(checks, level),
+    )
 
 
 def rows(checks: Sequence[Check], level: float) -> tuple[Row, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anabranch.client.audit.record import SiteFound, audit_site, checks_of, part_of
+from anabranch.client.audit.record import SiteFound, audit_site, checks_of, report_of
 from anabranch.client.audit.replay import replay, replays_of
 from anabranch.client.audit.report import TESTS, level_for
 from anabranch.client.tuning.lora import read_adapter
@@ -59,7 +59,7 @@ def test_an_honest_run_of_every_kind_passes(
         final=None,
         recorded={},
     )
-    part = part_of(result, level)
+    part = report_of(result, level)
 
     assert [row.name for row in part.checks if not row.passed] == []
     assert len(checks_of(result)) <= TESTS
