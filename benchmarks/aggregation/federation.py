@@ -260,6 +260,7 @@ class Clients:
             steps=steps,
             step_offset=(number - 1) * steps,
             part=part,
+            engine="opacus",  # the model calls lora_A and lora_B by itself (model.py)
             generator=torch.Generator().manual_seed(seed),  # a benchmark: no guarantee is given
         )
         return steps

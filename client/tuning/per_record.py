@@ -169,6 +169,7 @@ def require_per_record(
         if found != (records, *p.shape):
             raise PrivacyError(
                 f"{name} of shape {tuple(p.shape)} has per-record gradients of shape {found} for "
-                f"{records} records: it takes no part in the output, is used outside its module, "
+                f"{records} records: it takes no part in the output, is used outside its module "
+                '(a model that calls lora_A and lora_B by itself needs privacy.engine = "opacus"), '
                 "or the model moves the batch axis"
             )
