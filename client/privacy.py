@@ -187,7 +187,8 @@ def require_budget(
         f"{planned.steps} more steps would bring epsilon from {epsilon_of(spent, delta):.3f} to "
         f"{total:.3f} at delta = {delta:g}, above {budget} of {epsilon:g}: "
         f"{sum(s.steps for s in spent)} steps are spent, interrupted rounds included. "
-        f"0 such rounds would still fit, {fit} of their steps. Nothing is trained"
+        f"No such round would still fit, {fit} of its {planned.steps} steps would. Nothing is "
+        "trained"
     )
 
 
