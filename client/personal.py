@@ -50,6 +50,7 @@ from anabranch.protocols.tables import Lora
 
 FOLDER = "personal"
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # it becomes a file name
+KEPT = ".kept"  # no run's name ends so: its private adapter would be what another run has kept
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Beside:
 
 def kept_tensors(folder: Path, run: str) -> Kept:
     """Return the file of the tensors that a method leaves at the site."""
-    return Kept(folder, f"{checked_run(run)}.kept.adapter")
+    return Kept(folder, f"{checked_run(run)}{KEPT}.adapter")
 
 
 def private_adapter(folder: Path, run: str) -> Kept:
@@ -105,6 +106,8 @@ def checked_run(run: str) -> str:
             "run: expected up to 200 letters, digits, '.', '_' and '-', the first a letter or "
             f"digit, got {run[:50]!r}"
         )
+    if run.lower().endswith(KEPT):
+        raise ProtocolError(f"run: expected a name that does not end in {KEPT!r}, got {run[:50]!r}")
     return run
 
 

@@ -32,6 +32,8 @@ from anabranch.protocols.tables import Clipping, Privacy, Training
 
 LARGEST_EPSILON = 100.0  # beyond it an ε says nothing: infinity is reported
 LARGEST_NOISE = 1e5  # σ; more noise than this leaves nothing to learn from
+SMALLEST_DELTA = 1e-50  # and steps: beyond them the accountant runs out of floats or memory
+MOST_STEPS = 10_000_000
 PRECISION = 1e-3  # σ is a multiple of this, rounded up
 EPSILON_ERROR = 0.01  # the accountant's default; part of the upper bound it returns
 MESH_POINTS = 1 << 21  # memory bound of one composition, about 200 MB
@@ -104,6 +106,11 @@ def plan_for(privacy: Privacy, training: Training, rounds: int, num_examples: in
         )
     sample_rate = sampling_rate(training.batch_size, num_examples)
     steps = rounds * training.local_steps
+    if delta < SMALLEST_DELTA or steps > MOST_STEPS:
+        raise PrivacyError(
+            f"delta = {delta:g} and {steps} steps: expected delta of at least {SMALLEST_DELTA:g} "
+            f"and at most {MOST_STEPS} steps in all rounds, which is what can be accounted for"
+        )
     noise_multiplier = _calibrate(privacy.epsilon, delta, sample_rate, steps)
     spend = Spend(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
     return DpPlan(

@@ -21,7 +21,7 @@ from anabranch.client.site_file import Budget
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.private import fit_private
-from anabranch.protocols.errors import ModelError
+from anabranch.protocols.errors import ModelError, PrivacyError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.tables import Positive, Privacy
 
@@ -51,6 +51,11 @@ def train_privately(
     privacy, steps = config.privacy, config.training.local_steps
     assert privacy is not None  # a site asks only then
     assert steps is not None  # RunConfig requires it with privacy
+    if assignment.round > config.federation.rounds:
+        raise PrivacyError(
+            f"round {assignment.round} is beyond the {config.federation.rounds} of the run's plan: "
+            "nothing is reserved, and nothing is trained"
+        )
     plan = plan_for(privacy, config.training, config.federation.rounds, len(examples))
     norm = _clipping_norm(folder, assignment.run) if plan.clipping == "adaptive" else None
     entry = ledger.reserve(

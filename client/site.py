@@ -4,6 +4,7 @@
     ledger.sqlite    privacy spent on its records, over all runs; ledger.head says how far it is
     personal/        what it trains for itself and never sends (personal.py)
     clipping/        where adaptive clipping goes on (private_round.py)
+    runs/            the configuration that each run began with
 
 `Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
 (private if the run says so), ledger, delta, frame. It knows nothing of Flower. What goes wrong
@@ -28,6 +29,7 @@ import torch
 
 from anabranch.client import feedback, personal
 from anabranch.client.data.records import Records, load_records, split
+from anabranch.client.files import write_atomic
 from anabranch.client.ledger import Ledger
 from anabranch.client.memory import give_back
 from anabranch.client.private_round import train_privately
@@ -119,7 +121,7 @@ class Site:
         self.data = (folder / self._file.data).resolve()
         self._models = models
         self._records: dict[str, tuple[Records, Records]] = {}
-        self._prepared: dict[tuple[str, int], Sequence[torch.Tensor]] = {}
+        self._prepared: dict[tuple[str, int], tuple[Records, Sequence[torch.Tensor]]] = {}
 
     @property
     def max_rank(self) -> int | None:
@@ -132,15 +134,30 @@ class Site:
         return ledger_of(self.folder, self._file)
 
     def records(self, config: RunConfig) -> tuple[Records, Records]:
-        """Return (training, held-out) records; raise DataError listing every violation."""
+        """Return (training, held-out) records; raise DataError if the contract is broken."""
         digest = config.digest()
-        if digest not in self._records:
+        if (held := self._records.get(digest)) is None:  # read once: threads may replace it
             try:
                 records = load_records(self.data, config)
-            except DataError as error:  # it is sent on, and where files lie is the site's affair
-                raise DataError(str(error).replace(str(self.data), "records")) from None
-            self._records = {digest: split(records, config.training.holdout, config.seed)}
-        return self._records[digest]
+            except DataError as error:  # it is sent on
+                raise DataError(self._outside(error, config)) from None
+            held = split(records, config.training.holdout, config.seed)
+            self._records = {digest: held}
+        return held
+
+    def _outside(self, error: DataError, config: RunConfig) -> str:
+        """Return what the coordinator may read of a broken contract; the log has all of it.
+
+        Whoever writes the contract could find out a cell by asking again and again with other
+        bounds: where privacy is asked for, it learns that something is wrong and no more.
+        """
+        if config.privacy is None and self._file.budget is None:
+            return str(error).replace(str(self.data), "records")  # where files lie is not told
+        log.error("%s: %s", self.name, error)
+        return (
+            "the records do not keep the data contract of this run; at the site, `anabranch site "
+            "check` lists what is wrong"
+        )
 
     def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
         """Return what this site learned from `adapter` in one round, the delta as one frame.
@@ -155,6 +172,8 @@ class Site:
         or ModelError (the base model changed, or what the site keeps cannot be read).
         """
         config, started = assignment.config, time.perf_counter()
+        self._require_within_budget(config)
+        self._require_one_configuration(assignment)
         train, _ = self.records(config)
         self._require_part(assignment, adapter.spec)
         classifier, start = self._shared(assignment, adapter)
@@ -198,6 +217,7 @@ class Site:
                 "client evaluation would release metrics that [privacy] does not cover: set "
                 "federation.client_evaluation = false"
             )
+        self._require_within_budget(config)
         _, held = self.records(config)
         if len(held) == 0:
             raise DataError("no held-out records: set training.holdout above 0")
@@ -211,6 +231,31 @@ class Site:
             own = evaluate(predict(beside.classifier, features), held.labels)
             metrics |= {f"personal_{name}": value for name, value in own.items()}
         return Evaluated(site=self.name, num_examples=len(held), metrics=metrics)
+
+    def _require_within_budget(self, config: RunConfig) -> None:
+        """Refuse a run without [privacy] where the owner has set a budget: it costs any ε."""
+        budget = self._file.budget
+        if budget is not None and config.privacy is None:
+            raise PrivacyError(
+                f"the run has no [privacy], and the [budget] of site.toml allows epsilon = "
+                f"{budget.epsilon:g} over all runs: nothing is trained. Add [privacy] to run.toml"
+            )
+
+    def _require_one_configuration(self, assignment: Assignment) -> None:
+        """Refuse a run that goes on with another configuration than it began with.
+
+        What a site keeps of a run goes into its later rounds: nothing that was trained without
+        noise may get into a round that is accounted for.
+        """
+        file = self.folder / "runs" / personal.checked_run(assignment.run)
+        digest = assignment.config.digest().encode()
+        if not file.exists():
+            write_atomic(file, digest)
+        elif file.read_bytes() != digest:
+            raise ProtocolError(
+                f"run {assignment.run} began with another configuration than it is asked to go on "
+                "with here: a new configuration is a new run"
+            )
 
     def _require_part(self, assignment: Assignment, spec: AdapterSpec) -> None:
         """Refuse a part that this machine does not train, or that holds what stays here."""
@@ -271,10 +316,11 @@ class Site:
     ) -> Sequence[torch.Tensor]:
         """Return the training records as `fit` takes them: encoded once per run and thread."""
         key = (config.digest(), threading.get_ident())
-        if key not in self._prepared:
+        of, features = self._prepared.get(key, (None, ()))
+        if of is not train:  # the file was read again: what is charged must be what is trained
             features = self._models.cache(config).prepare(classifier, train.inputs)
-            self._prepared = {key: features}
-        return self._prepared[key]
+            self._prepared = {key: (train, features)}
+        return features
 
     def _fit(self, assignment: Assignment, classifier: Classifier, examples: Examples) -> Fit:
         config = assignment.config

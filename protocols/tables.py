@@ -28,6 +28,8 @@ ColumnType = Literal["text", "image", "number", "category", "label"]
 # a quantile of the norms.
 Clipping = Literal["flat", "automatic", "per-layer", "adaptive"]
 Engine = Literal["fast", "opacus"]
+# In float32, far smaller or larger norms would be rounded beyond what the noise is made for.
+ClippingNorm = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -196,7 +198,7 @@ class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     epsilon: Positive
     delta: Annotated[float, msgspec.Meta(gt=0, lt=0.1)] | None = None  # None: 1 / (10 n)
     clipping: Clipping = "flat"
-    clipping_norm: Positive = 1.0  # C; adaptive: the first one
+    clipping_norm: ClippingNorm = 1.0  # C; adaptive: the first one
     target_quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5  # adaptive: share within C
     engine: Engine = "fast"  # "opacus": the reference; also used for layers "fast" does not know
 

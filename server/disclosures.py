@@ -131,7 +131,8 @@ def _from_sites(config: RunConfig) -> list[Disclosure]:
         _row(
             "why a site refuses",
             OPEN,
-            "a sentence that names columns, rules and row numbers, never a cell's content",
+            "a fixed sentence in a run with [privacy], else columns, rules and row numbers, never "
+            "a cell's content; that records break the contract is told without noise",
         ),
     ]
     if record:

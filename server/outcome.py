@@ -114,8 +114,10 @@ def statement_of(finished: Finished) -> PrivacyStatement:
 
 def _spent(site: str, result: Result) -> SitePrivacy | None:
     """Return what a site said that it spent, over its deltas that counted; None: it did not."""
-    said = [report.trained[site] for report in result.history if site in report.trained]
+    counted = [report for report in result.history if site in report.trained]
+    said = [report.trained[site] for report in counted]
     last = said[-1]
+    asked = counted[-1].round - counted[-1].ages.get(site, 0)  # when its last delta was asked for
     mechanisms = {(one.noise_multiplier, one.sample_rate, one.delta) for one in said}
     if len(mechanisms) > 1:
         raise PrivacyError(
@@ -136,6 +138,7 @@ def _spent(site: str, result: Result) -> SitePrivacy | None:
         steps=sum(one.steps for one in said),
         engine=", ".join(sorted({one.engine for one in said if one.engine is not None})) or None,
         ledger=last.ledger,
+        unheard=sum(one.round > asked and site in one.asked for one in result.history),
     )
 
 

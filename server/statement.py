@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dp_accounting import NeighboringRelation
-from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+from dp_accounting.dp_event import GaussianDpEvent, MixtureOfGaussiansDpEvent
 from dp_accounting.pld import PLDAccountant
 from scipy.stats import binom
 
@@ -57,6 +57,7 @@ class SitePrivacy:
     steps: int  # noisy steps of this run that counted
     engine: str | None = None  # that computed the clipped gradients; None: the site does not say
     ledger: str | None = None  # head of its hash-chained ledger, hex; None: it does not say
+    unheard: int = 0  # later rounds it was asked in, of which no delta counted: not in epsilon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +240,11 @@ def _group_epsilon(
         NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=LOSS_INTERVAL
     )
     chances = [float(binom.pmf(count, size, sample_rate)) for count in range(size + 1)]
-    accountant.compose(
-        MixtureOfGaussiansDpEvent(noise_multiplier, list(range(size + 1)), chances), steps
-    )
+    if sample_rate == 1:  # one Gaussian; as a mixture, dp_accounting fails at some σ
+        accountant.compose(GaussianDpEvent(noise_multiplier / size), steps)
+    else:
+        mixture = MixtureOfGaussiansDpEvent(noise_multiplier, list(range(size + 1)), chances)
+        accountant.compose(mixture, steps)
     epsilon = float(accountant.get_epsilon(delta))
     return epsilon if epsilon <= LARGEST_EPSILON else None
 

@@ -97,7 +97,21 @@ def record_paragraphs(record: RecordLevel | None) -> list[str]:
     patient += (
         f" For {sizes} records and this run alone, the table has closer bounds at the same δ."
     )
-    return [promise, means, largest, patient, mechanism]
+    return [promise, means, largest, *_unheard(record), patient, mechanism]
+
+
+def _unheard(record: RecordLevel) -> list[str]:
+    """Return whose ε lacks rounds that its site may have trained and sent; [] if nobody's."""
+    late = [one.spent for one in record.sites if one.spent.unheard]
+    if not late:
+        return []
+    listed = ", ".join(f"{one.site} ({one.unheard})" for one in late)
+    return [
+        "Not in these ε: rounds after a site's last delta that counted, in which it was asked and "
+        f"no delta counted, by site: {listed}. It may have trained in them, and sent what came too "
+        "late or was rejected. For these sites the guarantee covers the messages up to that delta; "
+        "their ledgers have what all messages cost."
+    ]
 
 
 def _enforced(record: RecordLevel) -> str:
@@ -308,6 +322,7 @@ def _site_json(one: SiteGuarantee) -> dict[str, Any]:
         "steps": spent.steps,
         "engine": spent.engine,
         "ledger": spent.ledger,
+        "rounds_not_in_epsilon": spent.unheard,
         "groups": {str(size): epsilon for size, epsilon in one.groups.items()},
     }
 

@@ -125,6 +125,11 @@ class PrivateStep:
         blocks = gradients.blocks(self._flat.slots, packed=not apart)
         norms = torch.stack([block.norms() for _, block in blocks])
         whole = total_norms(norms)
+        if not bool(whole.isfinite().all()):
+            # No bound holds for such a gradient. It counts as 0: a refusal would tell of a record.
+            bad = ~whole.isfinite()
+            blocks = [(at, block.without(bad)) for at, block in blocks]
+            norms, whole = norms.masked_fill(bad, 0.0), whole.masked_fill(bad, 0.0)
         clipping, bound = self._plan.clipping, self.clipping_norm
         factors = clipping_factors(clipping, norms if apart else whole, bound)
         for i, (at, block) in enumerate(blocks):

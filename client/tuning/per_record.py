@@ -49,6 +49,10 @@ class Matrix:
         """Add Σ_r c_r g_r to `total` (n,), for `factors` c (R,)."""
         total.addmv_(self.rows.t(), factors)
 
+    def without(self, records: Tensor) -> Matrix:
+        """Return the same with gradients of 0 for `records`, a mask (R,)."""
+        return Matrix(self.rows.masked_fill(records[:, None], 0.0))
+
 
 @dataclass(frozen=True, eq=False)
 class Ghost:
@@ -60,8 +64,11 @@ class Ghost:
     def norms(self) -> Tensor:
         """Return ‖g_r‖, (R,)."""
         if self.inputs.shape[1] == 1:
-            inputs, errors = self.inputs.flatten(1), self.errors.flatten(1)
-            return Matrix(inputs).norms() * Matrix(errors).norms()
+            # float64: the square of a small error is 0 in float32, and its input may be large.
+            long = torch.linalg.vector_norm(self.inputs.flatten(1), dim=1, dtype=torch.float64)
+            wide = torch.linalg.vector_norm(self.errors.flatten(1), dim=1, dtype=torch.float64)
+            norms: Tensor = (long * wide).to(self.inputs.dtype)
+            return norms
         inputs, errors = self.inputs.double(), self.errors.double()
         products = torch.bmm(errors, errors.mT) * torch.bmm(inputs, inputs.mT)
         return products.sum((1, 2)).clamp_min(0).sqrt().to(self.inputs.dtype)
@@ -71,6 +78,11 @@ class Ghost:
         out, width = self.errors.shape[2], self.inputs.shape[2]
         scaled = (self.errors * factors[:, None, None]).view(-1, out)
         total.view(out, width).addmm_(scaled.t(), self.inputs.reshape(-1, width))
+
+    def without(self, records: Tensor) -> Ghost:
+        """Return the same with gradients of 0 for `records`, a mask (R,)."""
+        mask = records[:, None, None]
+        return Ghost(self.inputs.masked_fill(mask, 0.0), self.errors.masked_fill(mask, 0.0))
 
 
 def ghost_is_cheaper(tokens: int, width: int, out: int) -> bool:

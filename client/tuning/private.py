@@ -13,8 +13,9 @@ frozen ranks are zero before it, and no noise is added to them (active.py). With
 already released, so it is post-processing and costs no privacy. The class weight w_{y_i} is
 fixed in advance and inside the gradient, so ‖ḡ_i‖ <= C whatever it is. q, n and σ are the
 plan's and do not depend on the batch, nor does C, except through the noisy count that
-adaptive clipping pays for; an empty batch is a step of noise alone. No loss, norm or batch
-size is returned. That a fit was refused is not covered by the plan.
+adaptive clipping pays for; an empty batch is a step of noise alone. A record whose gradient is
+not finite counts as 0. No loss, norm or batch size is returned, and whether a fit is refused does
+not depend on gradients: if every one is 0, noise alone is published, and the log says so.
 
 Two engines compute g_i: "fast" (fast.py) and "opacus" (opacus_engine.py). All that follows,
 from clipping to the optimiser, is the same code (noisy.py). Noise comes from a ChaCha20 stream
@@ -117,12 +118,17 @@ def fit_private(
                 clipping_norm=clipping_norm,
             ) as step:
                 run, trained = range(step_offset, step_offset + steps), active.parameters
-                gradients = _run(step, trained, examples, plan, config, run, accountant, probe)
+                learned = _run(step, trained, examples, plan, config, run, accountant, probe)
             require_as_planned(accountant.history, plan.spend(steps))
-            require_trained(active.parameters, active.start, gradients, _factors(classifier))
+            require_trained(active, _factors(classifier))
         except BaseException:
             active.undo()
             raise
+    if not learned:
+        log.warning(
+            "every record's gradient was zero in this fit: its update is noise alone. Is the "
+            "learning rate so high that the model is saturated, or the label in no relation?"
+        )
     return PrivateFit(spend=plan.spend(steps), engine=step.engine, clipping_norm=step.clipping_norm)
 
 
@@ -269,24 +275,28 @@ def _factors(classifier: Classifier) -> dict[str, Tensor]:
     return {name: parameters[name] for name in factors}
 
 
-def require_trained(
-    trained: Mapping[str, Tensor],
-    before: Mapping[str, Tensor],
-    gradients: bool,
-    factors: Mapping[str, Tensor],
-) -> None:
-    """Raise PrivacyError if training did nothing, as Opacus with LoRA silently can (opacus#820).
+def require_trained(active: Active, factors: Mapping[str, Tensor]) -> None:
+    """Raise PrivacyError if training cannot have done anything, whatever the records are.
 
-    Only what was trained must have moved; `factors` are all factors, trained or frozen.
+    Only what was trained must have moved, which noise alone does; `factors` are all factors,
+    trained or frozen: ranks whose product stays 0 have no gradient.
     """
-    if not gradients:
-        raise PrivacyError("every record's gradient was zero: only noise was added")
-    for name, parameter in trained.items():
+    for name, parameter in active.parameters.items():
         if not bool(parameter.isfinite().all()):
             raise PrivacyError(f"{name} is not finite after private training: lower learning_rate")
-        if torch.equal(parameter, before[name]):
+        if torch.equal(parameter, active.start[name]):
             raise PrivacyError(f"{name} did not change in private training: nothing was trained")
         if name.endswith((LORA_A, LORA_B)):
             layer = name.removesuffix(LORA_A).removesuffix(LORA_B)
-            if not bool((factors[layer + LORA_B] @ factors[layer + LORA_A]).any()):
+            ranks = _ranks(name, active)
+            b, a = factors[layer + LORA_B][:, ranks], factors[layer + LORA_A][ranks]
+            if not bool((b @ a).any()):
                 raise PrivacyError(f"B · A of {layer} has rank 0 after training")
+
+
+def _ranks(name: str, active: Active) -> Tensor | slice:
+    """Return which rank indices of a factor are trained."""
+    mask = active.masks.get(name)
+    if mask is None:
+        return slice(None)
+    return mask.any(1 if name.endswith(LORA_A) else 0)

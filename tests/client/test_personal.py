@@ -19,7 +19,7 @@ from anabranch.client.tuning.lora import load_adapter, merged_weights, read_adap
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig, parse
-from anabranch.protocols.errors import ConfigError, ModelError
+from anabranch.protocols.errors import ConfigError, ModelError, ProtocolError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.part import Part
 from tests.runs import PRIVATE, TEXT_RUN, table_run, table_text, write_site, write_table
@@ -328,3 +328,13 @@ def test_a_private_adapter_beside_a_model_of_ones_own_is_refused(
 
     with pytest.raises(ConfigError, match=r"personal\.rank is for models that all sites share"):
         parse(f"{text}\n[personal]\nrank = 2\n{head}", source="run.toml")
+
+
+@pytest.mark.parametrize("run", ["r1.kept", "r1.KEPT"])
+def test_no_run_can_write_what_another_run_has_kept(site: Site, run: str) -> None:
+    """Its private adapter, trained without noise, would be the kept tensors of run r1."""
+    config = beside_run()
+
+    with pytest.raises(ProtocolError, match=r"a name that does not end in '\.kept'"):
+        site.train(asked(config, run=run), start(config))
+    assert not (site.folder / "personal").exists()

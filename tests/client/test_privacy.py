@@ -167,7 +167,7 @@ def test_an_independent_accountant_agrees_in_both_directions(
 def test_a_budget_holds_for_interrupted_rounds_too() -> None:
     require_budget([ROUND] * 19, ROUND, epsilon=3.76, delta=1e-4)
 
-    with pytest.raises(PrivacyError, match=r"epsilon from 3\.755 to 3\.852.*0 such rounds"):
+    with pytest.raises(PrivacyError, match=r"epsilon from 3\.755 to 3\.852.*No such round"):
         require_budget([ROUND] * 20, ROUND, epsilon=3.76, delta=1e-4)
 
 
@@ -188,6 +188,17 @@ def test_a_delta_that_lets_records_out_is_refused() -> None:
 def test_an_unreachable_epsilon_is_refused() -> None:
     with pytest.raises(PrivacyError, match=r"epsilon = 0\.005 .* cannot be reached"):
         plan_for(Privacy(epsilon=0.005), Training(local_steps=1), 1, 100)
+
+
+@pytest.mark.parametrize(
+    ("delta", "steps"), [(5e-324, 1), (1e-51, 1), (None, 10**7), (None, 10**18)]
+)
+def test_what_cannot_be_accounted_for_is_refused_before_it_takes_all_memory(
+    delta: float | None, steps: int
+) -> None:
+    training = Training(local_steps=steps, batch_size=1)
+    with pytest.raises(PrivacyError, match="which is what can be accounted for"):
+        plan_for(Privacy(epsilon=1e308, delta=delta), training, 2, 100)
 
 
 def test_steps_must_be_fixed_in_advance() -> None:

@@ -17,7 +17,13 @@ from anabranch.client.tuning.lora import read_adapter
 from anabranch.client.tuning.private import fit_private
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import ConfigError, ModelError, PrivacyError, ProtocolError
+from anabranch.protocols.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    PrivacyError,
+    ProtocolError,
+)
 from anabranch.protocols.messages import Assignment, Trained
 from tests.ledgers import SPEND, change, old_ledger
 from tests.runs import PRIVATE, table_run, write_site, write_table
@@ -165,6 +171,73 @@ def test_no_site_spends_more_than_an_epsilon_can_say(site: Site) -> None:
             break
 
     assert "above the largest epsilon that counts of 100" in message
+
+
+def test_a_site_with_a_budget_takes_part_in_no_run_without_privacy(site: Site) -> None:
+    site = with_lines(site, budget(9.0))
+    config = table_run(("[training]", "[training]\nholdout = 0.25"))
+    assignment = Assignment(run="r1", round=1, config=config)
+
+    for ask in (site.train, site.evaluate):
+        with pytest.raises(PrivacyError, match=r"no \[privacy\], and the \[budget\] .* = 9 over"):
+            ask(assignment, start(config))
+    assert site.ledger.events() == []
+
+
+BOUNDED = ('b = { type = "number" }', 'b = { type = "number", max = -1e9 }')
+
+
+@pytest.mark.parametrize(
+    ("extra", "lines"), [(PRIVATE, ""), ("", "\n[budget]\nepsilon = 9.0\ndelta = 1e-5\n")]
+)
+def test_a_broken_contract_is_answered_with_a_fixed_sentence_where_privacy_is_asked_for(
+    site: Site, extra: str, lines: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = table_run(STEPS, BOUNDED, extra=extra)
+
+    with pytest.raises(DataError) as caught:
+        with_lines(site, lines).records(config)
+
+    assert str(caught.value) == (
+        "the records do not keep the data contract of this run; at the site, `anabranch site "
+        "check` lists what is wrong"
+    )
+    assert "above the maximum" in caplog.text or "rows" in caplog.text
+
+
+def test_without_privacy_a_broken_contract_is_explained(site: Site) -> None:
+    with pytest.raises(DataError, match="b: "):
+        site.records(table_run(BOUNDED))
+
+
+def test_a_run_goes_on_with_the_configuration_it_began_with(site: Site) -> None:
+    train(site, table_run())
+
+    with pytest.raises(ProtocolError, match="r1 began with another configuration"):
+        train(site, private())
+
+    assert site.ledger.events() == []
+
+
+def test_a_round_beyond_the_plan_costs_nothing(site: Site) -> None:
+    with pytest.raises(PrivacyError, match="round 1000000000 is beyond the 2 of the run's plan"):
+        train(site, private(), 10**9)
+
+    assert site.ledger.events() == []
+
+
+def test_the_rows_that_are_charged_are_those_that_are_trained(site: Site) -> None:
+    """The file changes, and another contract makes the site read it again in between."""
+    config, other = table_run(), table_run(("seed = 3", "seed = 8"))
+    asked, first = Assignment(run="r1", round=1, config=config), start(config)
+    site.train(asked, first)
+    write_table(site.data, seed=9)
+    site.records(other)
+
+    _, frame = site.train(asked, first)
+
+    assert site.records(config)[0].rows == Site(site.folder, Models()).records(config)[0].rows
+    assert frame == Site(site.folder, Models()).train(asked, first)[1]
 
 
 @pytest.mark.parametrize(

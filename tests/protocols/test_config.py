@@ -93,7 +93,7 @@ valid = st.fixed_dictionaries(
         "lora__targets": st.lists(st.text(), max_size=3),
         "lora__layers": st.just("all") | st.integers(1, 99).map("last:{}".format),
         "privacy__epsilon": positive,
-        "privacy__clipping_norm": positive,
+        "privacy__clipping_norm": st.floats(1e-6, 1e6),
         "task__labels": st.lists(st.text(), min_size=3, max_size=3, unique=True),
         "data__columns__age__min": st.floats(-1e30, 120),
     },

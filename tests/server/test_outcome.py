@@ -15,6 +15,7 @@ from anabranch.server.client_privacy import published
 from anabranch.server.flower import Failure
 from anabranch.server.outcome import Finished, conclude, facts_of, statement_of
 from anabranch.server.result import Result, RoundReport, SiteRow
+from anabranch.server.statement_text import paragraphs
 from anabranch.server.store import RunFolder
 from tests.privacy_cases import client_config, client_plan, open_config, private_config
 
@@ -80,6 +81,18 @@ def test_the_facts_hold_what_every_site_said_last_and_all_its_steps(tmp_path: Pa
     assert (north.epsilon, north.steps, north.engine) == (2.0, 50, "fast, opacus")
     assert north.ledger == f"{2:064x}"
     assert (south.epsilon, south.steps, south.engine) == (1.5, 25, "fast")
+
+
+def test_rounds_after_a_sites_last_delta_are_stated_as_not_counted(tmp_path: Path) -> None:
+    rounds = result_of(both(1), {"north": trained("north", 2)})
+    run = finished(private_config(), rounds, tmp_path)
+
+    assert [one.unheard for one in facts_of(run).privacy] == [0, 1]
+    text = " ".join(paragraphs(statement_of(run)))
+    assert "Not in these ε: rounds after a site's last delta" in text
+    assert "by site: south (1). It may have trained in them" in text
+    whole = finished(private_config(), result_of(both(1)), tmp_path / "whole")
+    assert "Not in these ε" not in " ".join(paragraphs(statement_of(whole)))
 
 
 def test_a_row_of_a_site_holds_the_mechanism_of_its_last_delta() -> None:

@@ -210,6 +210,7 @@ def test_the_summary_has_every_number_of_both_guarantees() -> None:
         "steps": 150,
         "engine": "fast",
         "ledger": "ab12",
+        "rounds_not_in_epsilon": 0,
         "groups": {"2": pytest.approx(7.12, abs=0.05), "5": pytest.approx(24.64, abs=0.05)},
     }
     assert {k: record[k] for k in ("target_epsilon", "epsilon", "delta", "rounds")} == {
@@ -247,6 +248,21 @@ def test_full_batches_make_a_group_a_gaussian_of_less_noise() -> None:
     group = group_epsilon(spent, 5)
     alone = epsilon_of([Spend(noise_multiplier=6, sample_rate=1.0, steps=50)], 1e-3)
     assert group == pytest.approx(alone, abs=0.03)
+
+
+def test_full_batches_have_group_costs_whatever_the_noise() -> None:
+    spent = site("a", noise_multiplier=3.533472972912776, sample_rate=1.0, steps=2, delta=1e-3)
+    alone = epsilon_of([Spend(noise_multiplier=3.533472972912776, sample_rate=1, steps=2)], 1e-3)
+
+    assert group_epsilon(spent, 1) == pytest.approx(alone, abs=0.03)
+
+
+def test_the_delta_over_all_sites_is_the_largest() -> None:
+    facts = facts_of(privacy=(site("north", delta=5e-4), site("south", delta=1e-4, epsilon=9.0)))
+    record = state(private_config(), facts).record
+
+    assert record is not None
+    assert (record.epsilon, record.delta) == (9.0, 5e-4)
 
 
 def test_what_has_no_useful_bound_says_so() -> None:

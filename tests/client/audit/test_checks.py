@@ -118,6 +118,24 @@ def test_with_full_batches_everybody_is_in_every_one() -> None:
         assert checks.dispersion("batch sizes", counts, trials, 1.0, rng, LEVEL).p_value == p
 
 
+def test_looking_at_every_tensor_is_paid_for() -> None:
+    values = noise(np.random.default_rng(4), 20, 3) * np.array([1.0, 0.8, 1.0])
+    alone = checks.noise_level(values[:, 1], SIGMA).p_value
+
+    found = checks.noise_per_tensor([(np.arange(3), values)], SIGMA).p_value
+
+    assert 0.001 < alone < 0.2
+    assert found == pytest.approx(3 * alone, rel=1e-9)
+
+
+def test_a_simulated_p_value_is_never_0() -> None:
+    null = np.arange(1.0, 100.0)  # 99 values
+
+    assert checks.two_sided(1e9, null) == checks.two_sided(-1e9, null) == 2 / 100
+    assert checks.two_sided(98.5, null) == 4 / 100
+    assert checks.two_sided(50.0, null) == 1
+
+
 def test_a_p_value_can_get_below_the_level_it_is_made_for() -> None:
     for small in (1e-2, 1e-3, 1e-4):
         count, most = checks.simulated(small)

@@ -80,6 +80,15 @@ def test_guessing_all_of_many_right_proves_the_epsilon_of_the_closed_form() -> N
     assert epsilon_lower([row], 0.0) == pytest.approx(logit(0.05 ** (1 / 1000)), abs=2e-4)
 
 
+@given(st.integers(1, 300), st.floats(0.6, 1))
+def test_the_bound_itself_is_refuted(r: int, share: float) -> None:
+    rows = [Guesses(canaries=r, guessed=r, correct=int(share * r))]
+
+    bound = epsilon_lower(rows, 0.0)
+
+    assert bound == 0 or refutation(rows, bound, 0.0) <= 0.05 < refutation(rows, bound + 1e-3, 0.0)
+
+
 @pytest.mark.parametrize("correct", [0, 10, 20])
 def test_no_guess_or_no_better_than_chance_proves_nothing(correct: int) -> None:
     assert epsilon_lower([Guesses(canaries=40, guessed=40, correct=correct)], 1e-5) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from anabranch.client.audit.guesses import clopper_pearson
+from anabranch.client.audit.guesses import clopper_pearson, refutation
 from anabranch.client.audit.membership import (
     Floats,
     Membership,
@@ -42,8 +42,8 @@ def test_members_that_stand_out_are_found() -> None:
 
 
 def test_the_threshold_lets_1_percent_of_the_non_members_pass() -> None:
-    outside = np.arange(200.0)  # two of them may be above: 198 and 199
-    found = membership_of(np.array([197.5, 197.6, 10.0, 20.0]), outside)
+    outside = np.arange(200.0)  # two of them may be above 197: 198 and 199
+    found = membership_of(np.array([197.5, 198.0, 197.0, 196.5]), outside)
 
     assert found.tpr == 0.5
 
@@ -80,6 +80,17 @@ def test_what_pairs_prove_is_half_of_what_coins_prove() -> None:
     both = logit((0.05 / 4) ** (1 / 400))  # four shares are tried
 
     assert membership_epsilon(found.pairs, 0.0) == pytest.approx(both / 2, abs=0.011)
+
+
+def test_the_delta_of_a_pair_is_that_of_group_privacy() -> None:
+    pairs = membership_of(np.arange(-8.0, 52.0), np.zeros(60)).pairs
+    epsilon, delta = 0.3, 1e-4
+
+    found = membership_p_value(pairs, epsilon, delta)
+
+    expected = refutation(list(pairs), 2 * epsilon, (1 + math.exp(epsilon)) * delta)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert refutation(list(pairs), 2 * epsilon, 2 * delta) < 0.99 * found < 0.99
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
 from anabranch.client.privacy import Spend
+from anabranch.client.tuning import per_record
 from anabranch.client.tuning.active import only
+from anabranch.client.tuning.clipping import LEARNING_RATE
 from anabranch.client.tuning.lora import adapt, trainable_parameters
 from anabranch.client.tuning.noisy import PrivateStep
 from anabranch.client.tuning.private import private_steps
@@ -32,9 +36,11 @@ from tests.client.tuning.private_rig import (
     clipped_sum,
     examples,
     fit,
+    gradient_sigma,
     make,
     moved,
     plan,
+    run,
     seeded,
     values,
 )
@@ -140,6 +146,19 @@ def test_one_failed_batch_leaves_the_classifier_as_it_was() -> None:
     assert all("forward" not in vars(module) for module in classifier.modules())
 
 
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_tensors_that_are_not_packed_are_clipped_together_all_the_same(
+    clipping: Clipping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_record, "PACKED_VALUES", 0)  # as with many values, or a ghost
+    classifier, data = make(), examples()
+    before, expected = values(classifier), clipped_sum(make(), data, clipping, 0.05) / len(data)
+
+    run(classifier, data, plan(clipping=clipping, clipping_norm=0.05), SGD)
+
+    torch.testing.assert_close(moved(classifier, before), -expected, rtol=1e-4, atol=1e-6)
+
+
 # Adaptive clipping
 
 
@@ -158,6 +177,41 @@ def test_adaptive_clipping_goes_on_where_the_round_before_ended(engine: Engine) 
     assert 0.05 < first.clipping_norm < second.clipping_norm  # almost all records were clipped
     assert first.clipping_norm == pytest.approx(0.05 * 1.1, rel=0.1)
     assert once.spend == Spend(noise_multiplier=0.5, sample_rate=1.0, steps=2)
+
+
+def test_adaptive_noise_follows_the_norm_and_the_count_has_its_own() -> None:
+    # Steps without records: what is left is noise, with 2.5 above the floor of 11 / 20.
+    of = plan(noise_multiplier=2.5, clipping="adaptive", clipping_norm=0.4)
+    classifier, randomness = make(), Randomness.reproducible(seeded())
+    gradients, counts = [], []
+    with (
+        only(classifier, WHOLE) as active,
+        private_steps(classifier, active, of, SGD, 11, randomness, clipping_norm=4.0) as step,
+    ):
+        for _ in range(300):
+            norm = step.clipping_norm
+            step(examples().take([]))
+            flat = torch.cat(
+                [p.grad.flatten() for p in active.parameters.values() if p.grad is not None]
+            )
+            gradients.append(flat * 11 / norm)
+            counts.append(-math.log(step.clipping_norm / norm) * 11 / LEARNING_RATE)
+
+    for noise, sigma in ((torch.cat(gradients).numpy(), gradient_sigma(of, 11)), (counts, 2.5)):
+        drawn = np.asarray(noise, np.float64) / sigma
+        assert stats.kstest(drawn, "norm").pvalue > 0.01
+        for wrong in (1.5, 1 / 1.5):
+            assert stats.kstest(drawn * wrong, "norm").pvalue < 1e-3
+
+
+@pytest.mark.parametrize("physical_batch", [2, 64])
+def test_the_count_is_of_all_micro_batches(physical_batch: int) -> None:
+    of = plan(clipping="adaptive", noise_multiplier=0.01)
+
+    for norm, share in ((1e-3, 0.0), (1e3, 1.0)):  # all are clipped, none
+        done = fit(make(), examples(), of, SGD, clipping_norm=norm, physical_batch=physical_batch)
+        step = -math.log(done.clipping_norm / norm) / LEARNING_RATE
+        assert step == pytest.approx(share - of.target_quantile, abs=0.2)  # the noise is 0.05
 
 
 def test_other_clipping_leaves_the_norm_alone() -> None:

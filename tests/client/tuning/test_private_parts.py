@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anabranch.client.tuning import opacus_engine, private
+from anabranch.client.tuning.active import only
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate
 from anabranch.client.tuning.lora import trainable_parameters
+from anabranch.client.tuning.private import private_steps
+from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.errors import IncompatibleAdapter, PrivacyError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Clipping, Engine, Training
@@ -165,6 +168,32 @@ def test_noise_has_the_planned_scale_on_what_is_trained(clipping: Clipping, part
         assert stats.kstest(noise * wrong, "norm").pvalue < 1e-6
 
 
+def test_the_noisy_gradient_is_0_on_frozen_ranks() -> None:
+    classifier, randomness = make(), Randomness.reproducible(seeded())
+    of = plan(noise_multiplier=3.0)
+    with (
+        only(classifier, Part(ranks=(1,))) as active,
+        private_steps(classifier, active, of, SGD, 11, randomness) as step,
+    ):
+        step(examples())
+        for name, mask in active.masks.items():
+            gradient = active.parameters[name].grad
+            assert gradient is not None
+            assert not gradient[~mask].any()
+            assert (gradient[mask] != 0).all()
+
+
+def test_a_step_without_records_has_all_the_noise() -> None:
+    classifier = make()
+    classifier.register_forward_pre_hook(lambda *_: pytest.fail("a record was drawn"))
+    config = Training(optimizer="sgd", momentum=0.0, learning_rate=1.0, batch_size=1)
+    of, before = plan(noise_multiplier=3.0, sample_rate=0.001), values(classifier)
+
+    run(classifier, examples(1000), of, config, generator=seeded(12))
+
+    assert stats.kstest(moved(classifier, before).numpy() / (3.0 * 0.5), "norm").pvalue > 0.01
+
+
 def test_an_empty_batch_moves_only_what_is_trained() -> None:
     classifier, part = make(), Part(factors="A", ranks=(1,))
     before = values(classifier)
@@ -264,7 +293,7 @@ def test_ranks_whose_gradients_are_all_zero_are_refused() -> None:
                 p[:, 1] = 0
     part = Part(factors="A", ranks=(1,), dense=False)
 
-    with pytest.raises(PrivacyError, match="every record's gradient was zero"):
+    with pytest.raises(PrivacyError, match="has rank 0 after training"):
         run(classifier, examples(), plan(noise_multiplier=1.0), SGD, part=part)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anabranch.client.privacy import Spend
 from anabranch.client.tuning import private
+from anabranch.client.tuning.active import Active
 from anabranch.client.tuning.lora import adapt
 from anabranch.client.tuning.private import require_as_planned, require_trained
 from anabranch.protocols.errors import PrivacyError
@@ -16,6 +17,7 @@ from anabranch.protocols.tables import Engine, Lora, Training
 from tests.client.tuning.private_rig import (
     ENGINES,
     INNER,
+    LABELS,
     SGD,
     Sequences,
     examples,
@@ -136,7 +138,6 @@ class Silenced(Sequences):
         (Detached, "no trainable tensor takes part"),
         (HeadOnly, r"shape \(2, 5\) has per-record gradients of shape None"),
         (Flattened, r"per-record gradients of shape \(77, .* the model moves the batch axis"),
-        (Silenced, "every record's gradient was zero"),
     ],
 )
 @pytest.mark.parametrize("engine", ENGINES)
@@ -162,11 +163,37 @@ def test_a_trained_batchnorm_is_refused() -> None:
 
 
 def test_an_adapter_that_is_not_finite_is_refused() -> None:
-    data = examples()
-    data.features[3][0, 0] = torch.nan
+    config = Training(
+        optimizer="sgd", learning_rate=3e38, class_weights=(1e3,) * LABELS, batch_size=11
+    )
 
     with pytest.raises(PrivacyError, match="is not finite after private training"):
-        run(make(), data, plan(), SGD)
+        run(make(), examples(), plan(clipping_norm=1e4), config)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_that_are_all_zero_are_published_as_noise_and_the_site_is_told(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier = make(Silenced)
+    start = values(classifier)
+
+    run(classifier, examples(), plan(noise_multiplier=1.0), SGD, engine=engine)
+
+    assert moved(classifier, start).all()
+    assert "every record's gradient was zero" in caplog.text
+
+
+def test_records_of_which_none_has_a_finite_gradient_are_no_reason_to_refuse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = examples()
+    for feature in data.features:
+        feature.fill_(torch.nan)
+
+    run(make(), data, plan(noise_multiplier=1.0), SGD)
+
+    assert "every record's gradient was zero" in caplog.text
 
 
 def test_an_adapter_that_did_not_move_is_refused() -> None:
@@ -180,6 +207,7 @@ def test_a_product_of_rank_zero_is_refused() -> None:
     a, b = "layer.lora_A.weight", "layer.lora_B.weight"
     before = {a: torch.ones(2, 5), b: torch.ones(7, 2)}
     after = {a: torch.eye(2, 5), b: torch.zeros(7, 2)}
+    trained = {name: nn.Parameter(value) for name, value in after.items()}
 
     with pytest.raises(PrivacyError, match="B · A of layer has rank 0"):
-        require_trained(after, before, gradients=True, factors=after)
+        require_trained(Active(trained, before, {}), after)

@@ -213,6 +213,20 @@ def test_a_weight_is_capped_and_the_denominator_is_not_the_sum_of_weights() -> N
     np.testing.assert_allclose(got, (0.25 + 1 + 1) / 20, atol=10 * 1e6 * TINY / 20)
 
 
+def test_a_clipped_update_keeps_its_weight() -> None:
+    for n, weight in ((30, 0.3), (100, 1.0), (500, 1.0)):
+        total = flat(summed([filled(7.0, n)], 0.5, WHOLE, cap=100).arrays)
+
+        assert np.linalg.norm(total) == pytest.approx(0.5 * weight)
+
+
+def test_an_update_of_exactly_the_clipping_norm_is_within_it() -> None:
+    delta = filled(0.25)
+
+    assert summed([delta], delta.norm(), WHOLE).within == 0.5
+    assert summed([delta], delta.norm() * (1 - 1e-12), WHOLE).within == -0.5
+
+
 def test_an_update_of_zeros_and_an_empty_cohort_are_rounds_of_noise() -> None:
     rule = with_client_privacy(fedavg(), PLAN, gaussians(3))
     again = with_client_privacy(fedavg(), PLAN, gaussians(3))
