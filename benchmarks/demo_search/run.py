@@ -28,7 +28,7 @@ from benchmarks.harness import Figure, header, options, report
 
 SEED = 0
 THREADS = 2
-REPEATS = 3
+REPEATS = 2
 PACKAGES = ("torch", "opacus", "flwr", "transformers")
 Changes = Mapping[str, Mapping[str, object]]  # table of run.toml -> field -> value
 
@@ -54,7 +54,6 @@ VARIANTS: dict[str, Changes] = {
     "then_head_alone": {"training": SMALL_BATCH, "federation": FEW_ROUNDS},
     "then_full_batches": {"federation": FEW_ROUNDS},
     LAST_OF_LADDER: {},
-    "lora_rank_4_batch_512": {"lora": FIRST_LORA, "training": FIRST_RATES | SMALL_BATCH},
     "batch_512": {"training": SMALL_BATCH},
     "clipping_flat_2": {  # a quarter of the rate, found the same way
         "training": {"learning_rate": 1.5},
