@@ -111,7 +111,7 @@ def plan_for(privacy: Privacy, training: Training, rounds: int, num_examples: in
             f"delta = {delta:g} and {steps} steps: expected delta of at least {SMALLEST_DELTA:g} "
             f"and at most {MOST_STEPS} steps in all rounds, which is what can be accounted for"
         )
-    noise_multiplier = _calibrate(privacy.epsilon, delta, sample_rate, steps)
+    noise_multiplier = least_noise(privacy.epsilon, delta, sample_rate, steps)
     spend = Spend(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
     return DpPlan(
         noise_multiplier=noise_multiplier,
@@ -123,14 +123,6 @@ def plan_for(privacy: Privacy, training: Training, rounds: int, num_examples: in
         delta=delta,
         epsilon=epsilon_of([spend], delta),
     )
-
-
-def least_noise(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Return the least noise multiplier, to PRECISION, that keeps `steps` within (ε, δ).
-
-    Raises PrivacyError if none up to LARGEST_NOISE does.
-    """
-    return _calibrate(epsilon, delta, sample_rate, steps)
 
 
 def sampling_rate(batch_size: int, num_examples: int) -> float:
@@ -147,31 +139,33 @@ def epsilon_of(spends: Iterable[Spend], delta: float) -> float:
     """
     if not 0 < delta < 1:
         raise PrivacyError(f"expected delta in (0, 1), got {delta}")
-    return _epsilon(merged(spends), delta)
+    return _bounds(merged(spends), delta)[1]
 
 
 @functools.lru_cache(maxsize=1024)
-def _epsilon(history: History, delta: float) -> float:
+def _bounds(history: History, delta: float) -> tuple[float, float]:
+    """Return the accountant's lower and upper bound on ε."""
     if not history:
-        return 0.0
+        return 0.0, 0.0
     if _rdp_epsilon(history, delta) > LARGEST_EPSILON:
-        return math.inf
+        return math.inf, math.inf
     accountant = _Accountant()
     accountant.history = list(history)
-    error = _mesh_error(history, delta)
+    error, delta_error = _mesh_error(history, delta), delta / 1000  # the accountant's default
     try:
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # log(1 − q), q = 1
-            epsilon = float(accountant.get_epsilon(delta, eps_error=error))
+            composed = accountant._get_dprv(eps_error=error, delta_error=delta_error)
+            low, _, high = composed.compute_epsilon(delta, delta_error, error)
     except (RuntimeError, ValueError) as problem:
         raise PrivacyError(
             f"the PRV accountant cannot bound epsilon at delta = {delta:g} for (σ, q, steps) = "
             f"{history}: {problem}"
         ) from problem
-    if not math.isfinite(epsilon):
+    if not math.isfinite(high):
         raise PrivacyError(
-            f"the PRV accountant gave {epsilon} at delta = {delta:g} for (σ, q, steps) = {history}"
+            f"the PRV accountant gave {high} at delta = {delta:g} for (σ, q, steps) = {history}"
         )
-    return max(epsilon, 0.0)
+    return max(float(low), 0.0), max(float(high), 0.0)
 
 
 def require_budget(
@@ -232,17 +226,7 @@ def epsilon_bounds(spends: Iterable[Spend], delta: float) -> tuple[float, float]
     `high` is what epsilon_of gives. Beyond LARGEST_EPSILON nothing is computed: both are
     infinity.
     """
-    history = merged(spends)
-    high = _epsilon(history, delta)
-    if not history or math.isinf(high):
-        return high, high
-    accountant = _Accountant()
-    accountant.history = list(history)
-    error = _mesh_error(history, delta)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        prv = accountant._get_dprv(eps_error=error, delta_error=delta / 1000)
-        low = float(prv.compute_epsilon(delta, delta / 1000, error)[0])
-    return max(low, 0.0), high
+    return _bounds(merged(spends), delta)
 
 
 class _Accountant(PRVAccountant):  # type: ignore[misc]  # Opacus has no types
@@ -311,8 +295,11 @@ def _mesh_error(history: History, delta: float) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _calibrate(target: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Return the least σ, to PRECISION, with ε <= target: bracketed, then Brent's method."""
+def least_noise(target: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Return the least σ, to PRECISION, with ε <= target: bracketed, then Brent's method.
+
+    Raises PrivacyError if no σ up to LARGEST_NOISE keeps `steps` steps within (target, delta).
+    """
 
     def cost(sigma: float) -> float:
         spend = Spend(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)

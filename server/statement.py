@@ -26,9 +26,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dp_accounting import NeighboringRelation
-from dp_accounting.dp_event import GaussianDpEvent, MixtureOfGaussiansDpEvent
-from dp_accounting.pld import PLDAccountant
 from scipy.stats import binom
 
 from anabranch.client.privacy import LARGEST_EPSILON, Spend, epsilon_of
@@ -236,6 +233,10 @@ def group_epsilon(one: SitePrivacy, size: int) -> float | None:
 def _group_epsilon(
     noise_multiplier: float, sample_rate: float, steps: int, delta: float, size: int
 ) -> float | None:
+    from dp_accounting import NeighboringRelation  # here and not above: half a second
+    from dp_accounting.dp_event import GaussianDpEvent, MixtureOfGaussiansDpEvent
+    from dp_accounting.pld import PLDAccountant
+
     accountant = PLDAccountant(
         NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=LOSS_INTERVAL
     )

@@ -7,7 +7,7 @@ site that audits itself has its own records and the same run.toml.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +257,7 @@ def _recorded(subject: Subject, recorded: Mapping[str, Any]) -> list[Check]:
     if epsilon is None or delta is None or not rounds:
         return []
     steps = rounds * (subject.config.training.local_steps or 0)
-    cost = epsilon_of([replace(subject.plan, steps=steps).spend(steps)], delta)
+    cost = epsilon_of([subject.plan.spend(steps)], delta)
     return [
         Check(
             name="recorded ε",

@@ -126,8 +126,8 @@ def fit_private(
             raise
     if not learned:
         log.warning(
-            "every record's gradient was zero in this fit: its update is noise alone. Is the "
-            "learning rate so high that the model is saturated, or the label in no relation?"
+            "every record's gradient was zero in this fit: its update is noise alone. If the model "
+            "is saturated, lower training.learning_rate"
         )
     return PrivateFit(spend=plan.spend(steps), engine=step.engine, clipping_norm=step.clipping_norm)
 

@@ -202,7 +202,7 @@ def test_a_broken_contract_is_answered_with_a_fixed_sentence_where_privacy_is_as
         "the records do not keep the data contract of this run; at the site, `anabranch site "
         "check` lists what is wrong"
     )
-    assert "above the maximum" in caplog.text or "rows" in caplog.text
+    assert "b: above the maximum -1e+09: rows 1-40" in caplog.text
 
 
 def test_without_privacy_a_broken_contract_is_explained(site: Site) -> None:
