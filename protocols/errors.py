@@ -7,6 +7,8 @@ AnabranchError           a sentence the user can act on; safe to show and to sen
 ├── PrivacyError         privacy cannot be established: nothing may leave
 ├── RunError             a federated run cannot go on (quorum, engine, store)
 ├── ReleaseError         a release failed its own checks
+├── BundleError          a bundle for devices cannot be trusted, opened or run
+├── DeviceError          a device cannot do this now: memory, conditions, enrolment, disk
 └── ProtocolError        a peer broke the protocol; drop the peer
     ├── MalformedMessage     the bytes do not follow docs/wire-format.md
     └── IncompatibleAdapter  well-formed, but for another adapter (base, names, shapes)
@@ -42,6 +44,14 @@ class RunError(AnabranchError):
 
 class ReleaseError(AnabranchError):
     """A release failed its own checks."""
+
+
+class BundleError(AnabranchError):
+    """A bundle for devices cannot be trusted, opened or run; the message names the rule."""
+
+
+class DeviceError(AnabranchError):
+    """A device cannot do this now: memory, conditions, enrolment, disk."""
 
 
 class ProtocolError(AnabranchError):

@@ -1,0 +1,1 @@
+"""Between devices and a coordinator: gRPC with mTLS below, one Flower client above."""

@@ -1,0 +1,1 @@
+"""Made from protocols/edge.proto; nothing here is written by hand."""
