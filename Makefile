@@ -2,6 +2,7 @@
 # make test    set up, then the tests
 # make check   ruff, mypy, import rules      make test-slow   the slow tests
 # make bench   all benchmarks, in full       make venv        set-up alone
+# make proto   edge/generated from protocols/edge.proto
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -10,15 +11,15 @@ PACKAGE := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow check bench venv clean
+.PHONY: demo test test-slow check bench proto venv clean
 
 demo: .venv/installed-demo
 	$(BIN)/anabranch demo
 
-test: .venv/installed-all
+test: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/installed-all
+test-slow: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m pytest -m slow --timeout 1500
 
 check: .venv/installed-all
@@ -27,13 +28,16 @@ check: .venv/installed-all
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed-all
+bench: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m benchmarks.all
+
+proto: .venv/installed-all
+	$(BIN)/python -m anabranch.edge.generated.make
 
 venv: .venv/installed-all
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-edge .node build *.egg-info
 
 .venv/python:
 	$(PYTHON) -m venv .venv
@@ -48,5 +52,12 @@ clean:
 
 .venv/installed-all: .venv/python $(PACKAGE)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable ".[client,server,simulation,demo,edge-training]" --group dev
+	$(PIP) --editable ".[client,server,simulation,demo,edge-training,gateway]" --group dev
 	touch .venv/installed-demo $@
+
+# What a device installs: stock onnxruntime, no torch. Tests and benchmarks run it beside .venv.
+.venv-edge/installed: $(PACKAGE)
+	$(PYTHON) -m venv .venv-edge
+	.venv-edge/bin/python -m pip install --quiet "pip>=25.1"
+	.venv-edge/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[edge]"
+	touch $@

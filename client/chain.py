@@ -1,10 +1,6 @@
 """What a ledger holds, as data: a chain of events, and what they add up to.
 
-    h_0 = 64 zeros
-    h_i = SHA-256("h_{i-1}\\ni\\nkind\\nbody"), hex          i = 1, 2, …
-
-`body` is JSON, and the text that was written is the text that is hashed. An event is only ever
-added, so the head h_n fixes all n of them.
+How events are chained: protocols/chain.py.
 
     kind      when                                       what it means for a row's ε
     opened    once, at the beginning
@@ -21,30 +17,33 @@ what it does not know.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
-from anabranch.client.privacy import Spend
+from anabranch.protocols.chain import (
+    GENESIS,
+    BrokenChain,
+    Hash,
+    Identity,
+    Link,
+    Mechanism,
+    Neighbouring,
+    Witness,
+    following,
+    link_hash,
+    require_link,
+)
+from anabranch.protocols.spend import Spend
 from anabranch.protocols.tables import Count, Fraction, Positive
 
-GENESIS = "0" * 64
-Hash = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Identity = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
-Mechanism = Literal["poisson-subsampled-gaussian"]
-Neighbouring = Literal["add-or-remove-one-record"]
-
-
-class Witness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far a ledger was when somebody looked: `head` is the hash of event `count`."""
-
-    ledger: Identity
-    path: str  # where the ledger was
-    count: Count
-    head: Hash
+__all__ = [  # of protocols/chain.py: whoever reads a site's chain finds it here
+    "BrokenChain",
+    "Witness",
+    "link_hash",
+]
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,39 +117,20 @@ KINDS: Mapping[str, type[Body]] = {
 _KIND = {body: kind for kind, body in KINDS.items()}
 
 
-class BrokenChain(ValueError):
-    """These events are not a chain that a ledger has written."""
-
-
 @dataclass(frozen=True)
-class Event:
-    """One link: `text` is the body as it was written and hashed."""
-
-    id: int
-    kind: str
-    text: str
-    hash: str
+class Event(Link):
+    """One link of a site's chain."""
 
     @property
     def body(self) -> Body:
         """Return the body; raise BrokenChain if no such kind or body exists."""
-        try:
-            return msgspec.json.decode(self.text, type=KINDS[self.kind])
-        except (KeyError, msgspec.DecodeError, UnicodeError) as error:
-            raise BrokenChain(f"event {self.id} ({self.kind}) cannot be read: {error}") from None
+        return self.read(KINDS)
 
 
 def link(previous: Event | None, body: Body) -> Event:
     """Return the event with `body` that follows `previous`."""
-    number = 1 if previous is None else previous.id + 1
-    before = GENESIS if previous is None else previous.hash
-    kind, text = _KIND[type(body)], msgspec.json.encode(body).decode()
-    return Event(number, kind, text, link_hash(before, number, kind, text))
-
-
-def link_hash(previous: str, number: int, kind: str, text: str) -> str:
-    """Return h_i."""
-    return hashlib.sha256(f"{previous}\n{number}\n{kind}\n{text}".encode()).hexdigest()
+    new = following(previous, _KIND[type(body)], msgspec.json.encode(body).decode())
+    return Event(new.id, new.kind, new.text, new.hash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +157,7 @@ class State:
 
     def holds(self, witness: Witness) -> bool:
         """Return whether the witness saw a beginning of this chain."""
-        return (
-            witness.ledger == self.opened.ledger
-            and witness.count <= self.count
-            and self.heads[witness.count - 1] == witness.head
-        )
+        return witness.saw(self.opened.ledger, self.heads)
 
     def spends(self, data: Iterable[str] | None = None, run: str | None = None) -> list[Spend]:
         """Return all that was spent, oldest first; on some data sets, or in one run, if given.
@@ -216,10 +192,7 @@ def replay(events: Sequence[Event]) -> State:
     reserved: dict[int, Reserve] = {}
     settled: set[int] = set()
     for number, event in enumerate(events, 1):
-        if event.id != number:
-            raise BrokenChain(f"event {number} is missing: after it comes event {event.id}")
-        if event.hash != link_hash(previous, number, event.kind, event.text):
-            raise BrokenChain(f"event {number} ({event.kind}) is not what was written")
+        require_link(previous, number, event)
         previous = event.hash
         match event.body:
             case Opened() as body if number == 1:

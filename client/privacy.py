@@ -28,33 +28,37 @@ from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.optimize import brentq
 
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.spend import (
+    LARGEST_EPSILON,
+    LARGEST_NOISE,
+    MOST_STEPS,
+    PRECISION,
+    SMALLEST_DELTA,
+    History,
+    Spend,
+    merged,
+    repeats,
+    require_within,
+)
 from anabranch.protocols.tables import Clipping, Privacy, Training
 
-LARGEST_EPSILON = 100.0  # beyond it an ε says nothing: infinity is reported
-LARGEST_NOISE = 1e5  # σ; more noise than this leaves nothing to learn from
-SMALLEST_DELTA = 1e-50  # and steps: beyond them the accountant runs out of floats or memory
-MOST_STEPS = 10_000_000
-PRECISION = 1e-3  # σ is a multiple of this, rounded up
+__all__ = [  # with what spend.py has for sites and devices alike
+    "LARGEST_EPSILON",
+    "DpPlan",
+    "Spend",
+    "epsilon_bounds",
+    "epsilon_of",
+    "least_noise",
+    "merged",
+    "plan_for",
+    "repeats_within",
+    "require_budget",
+    "sampling_rate",
+]
+
 EPSILON_ERROR = 0.01  # the accountant's default; part of the upper bound it returns
 MESH_POINTS = 1 << 21  # memory bound of one composition, about 200 MB
 ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), 128.0, 256.0, 512.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spend:
-    """Privacy spent: `steps` Poisson-subsampled Gaussian steps of one σ and q."""
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        if not (0 < self.noise_multiplier < math.inf):
-            raise ValueError(f"expected noise_multiplier > 0, got {self.noise_multiplier}")
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"expected sample_rate in (0, 1], got {self.sample_rate}")
-        if self.steps < 1:
-            raise ValueError(f"expected steps >= 1, got {self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,20 +181,7 @@ def require_budget(
     budget: str = "the budget",
 ) -> None:
     """Raise PrivacyError if `planned` after `spent` would cost more than (epsilon, delta)."""
-    total = epsilon_of([*spent, planned], delta)
-    if total <= epsilon:
-        return
-    step = Spend(
-        noise_multiplier=planned.noise_multiplier, sample_rate=planned.sample_rate, steps=1
-    )
-    fit = repeats_within(spent, step, epsilon=epsilon, delta=delta, most=planned.steps)
-    raise PrivacyError(
-        f"{planned.steps} more steps would bring epsilon from {epsilon_of(spent, delta):.3f} to "
-        f"{total:.3f} at delta = {delta:g}, above {budget} of {epsilon:g}: "
-        f"{sum(s.steps for s in spent)} steps are spent, interrupted rounds included. "
-        f"No such round would still fit, {fit} of its {planned.steps} steps would. Nothing is "
-        "trained"
-    )
+    require_within(epsilon_of, spent, planned, epsilon=epsilon, delta=delta, budget=budget)
 
 
 def repeats_within(
@@ -200,24 +191,7 @@ def repeats_within(
 
     By bisection over the accountant: k fit and k + 1 do not, unless k = most.
     """
-
-    def fits(count: int) -> bool:
-        more = Spend(
-            noise_multiplier=unit.noise_multiplier,
-            sample_rate=unit.sample_rate,
-            steps=max(count, 1) * unit.steps,
-        )
-        return epsilon_of([*spent, more] if count else spent, delta) <= epsilon
-
-    low, high = 0, 1
-    while high < most and fits(high):
-        low, high = high, min(2 * high, most)
-    if high == most and fits(most):
-        return most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return repeats(epsilon_of, spent, unit, epsilon=epsilon, delta=delta, most=most)
 
 
 def epsilon_bounds(spends: Iterable[Spend], delta: float) -> tuple[float, float]:
@@ -243,18 +217,6 @@ class _Accountant(PRVAccountant):  # type: ignore[misc]  # Opacus has no types
         half = _half_width(history, eps_error, delta_error)
         mesh = eps_error * _mesh_unit(history, delta_error)
         return Domain.create_aligned(-half, half, mesh)
-
-
-History = tuple[tuple[float, float, int], ...]  # (σ, q, steps), as Opacus has it
-
-
-def merged(spends: Iterable[Spend]) -> History:
-    """Return one entry per (σ, q), ascending: ε depends on the totals alone."""
-    steps: dict[tuple[float, float], int] = {}
-    for spend in spends:
-        key = (spend.noise_multiplier, spend.sample_rate)
-        steps[key] = steps.get(key, 0) + spend.steps
-    return tuple((sigma, q, count) for (sigma, q), count in sorted(steps.items()))
 
 
 def _rdp_epsilon(history: History, delta: float) -> float:

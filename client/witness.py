@@ -102,8 +102,13 @@ class Witnesses:
         another one is there, or if the ledger has no data set yet.
         """
         for file, witness in found.items():
-            if not state.holds(witness):
-                raise PrivacyError(_contradiction(self.ledger, state, file, witness))
+            wrong = witness.contradiction(state.opened.ledger, state.heads)
+            if wrong is not None:
+                raise PrivacyError(
+                    f"{self.ledger}: {wrong.format(seen=file)}. Private training stops; restore "
+                    "the newest ledger from a backup. If it is lost for good, accept the present "
+                    f"one, which records the loss: {ADOPT}"
+                )
         if not found and state.sets:
             raise PrivacyError(
                 f"{self.ledger}: the witnesses of this privacy ledger are gone, so nothing says "
@@ -134,24 +139,3 @@ def _read(file: Path) -> Witness:
             "stops; restore it from a backup. If no backup has it, remove the file: the other "
             "witness, if there is one, still counts"
         ) from None
-
-
-def _contradiction(ledger: Path, state: State, file: Path, witness: Witness) -> str:
-    stops = (
-        "Private training stops; restore the newest ledger from a backup. If it is lost for good, "
-        f"accept the present one, which records the loss: {ADOPT}"
-    )
-    if witness.ledger != state.opened.ledger:
-        return (
-            f"{ledger}: another privacy ledger was here: {file} speaks of ledger "
-            f"{witness.ledger[:12]}…, this one is {state.opened.ledger[:12]}…. {stops}"
-        )
-    if witness.count > state.count:
-        return (
-            f"{ledger}: this privacy ledger was rolled back or cut: it has {state.count} events, "
-            f"{file} saw {witness.count}. {stops}"
-        )
-    return (
-        f"{ledger}: this privacy ledger was rewritten: its event {witness.count} is not the one "
-        f"that {file} saw. {stops}"
-    )

@@ -22,7 +22,16 @@ import msgspec
 
 from anabranch.edge.runtime.manifest import Digest, File
 from anabranch.protocols.spec import AdapterSpec
-from anabranch.protocols.tables import Count, Name, Positive, Privacy, Share, TaskKind, Training
+from anabranch.protocols.tables import (
+    Column,
+    Count,
+    Name,
+    Positive,
+    Privacy,
+    Share,
+    TaskKind,
+    Training,
+)
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
@@ -92,6 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     created: str  # UTC, ISO 8601
     task: TaskKind
     labels: tuple[str, ...]  # order = index of the logit
+    columns: dict[str, Column] = {}  # of the run's data contract: how a file of records is read
     inputs: tuple[str, ...]  # model inputs, by name
     shape: tuple[Count, ...] = ()  # of one record: images (C, S, S), tables (F,); texts: ()
     spec: AdapterSpec

@@ -80,15 +80,7 @@ class Model:
 
     def ranked(self, inputs: Inputs, *, top: int | None = None) -> list[list[tuple[str, float]]]:
         """Return the `top` labels (all, if None) of every input, the most probable first."""
-        logits = self.logits(inputs).astype(np.float64)
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = powers / powers.sum(axis=1, keepdims=True)
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
-        labels = self.manifest.labels
-        return [
-            [(labels[k], float(p[k])) for k in best]
-            for best, p in zip(order, probabilities, strict=True)
-        ]
+        return rank(self.logits(inputs), self.manifest.labels, top)
 
     def logits(self, inputs: Inputs) -> Floats:
         """Return logits (n, labels) for texts, images (n, C, S, S) or table rows (n, F).
@@ -96,37 +88,61 @@ class Model:
         Raises DataError when the inputs are not what this model takes.
         """
         result = np.empty((len(inputs), len(self.manifest.labels)), np.float32)
-        for rows, feeds in self._batches(inputs):
+        shape = tuple(self.session.get_inputs()[0].shape[1:])
+        for rows, feeds in batches(inputs, self.manifest.inputs, shape, self.tokenizer):
             (result[rows],) = self.session.run(["logits"], feeds)
         return result
 
-    def _batches(self, inputs: Inputs) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
-        if self.tokenizer is None:
-            yield from self._array_batches(inputs)
-            return
-        if isinstance(inputs, str | np.ndarray) or not all(isinstance(t, str) for t in inputs):
-            raise DataError("this model classifies texts: expected a list of str")
-        ids, mask = self.manifest.inputs
-        for start in range(0, len(inputs), WINDOW):
-            encoded = [self.tokenizer.encode(text) for text in inputs[start : start + WINDOW]]
-            for rows in _by_length([len(one) for one in encoded]):
-                batch = self.tokenizer.batch([encoded[i] for i in rows])
-                yield rows + start, {ids: batch[0], mask: batch[1]}
 
-    def _array_batches(self, inputs: Inputs) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
-        shape = tuple(self.session.get_inputs()[0].shape[1:])
-        array = np.asarray(inputs)
-        if array.shape[1:] != shape or array.dtype.kind != "f" or array.ndim != len(shape) + 1:
-            raise DataError(
-                f"this model takes float32 inputs of shape (n, {', '.join(map(str, shape))}), got "
-                f"{array.dtype} of shape {array.shape}"
-            )
-        if not np.isfinite(array).all():
-            raise DataError("inputs hold NaN or infinite values")
-        size = max(1, BATCH_VALUES // max(1, int(np.prod(shape))))
-        for start in range(0, len(array), size):
-            rows = np.arange(start, min(start + size, len(array)))
-            yield rows, {self.manifest.inputs[0]: array[rows].astype(np.float32, copy=False)}
+def rank(
+    logits: Floats, labels: Sequence[str], top: int | None = None
+) -> list[list[tuple[str, float]]]:
+    """Return the `top` (label, probability) of every row of logits (n, k), best first."""
+    z = logits.astype(np.float64)
+    powers = np.exp(z - z.max(axis=1, keepdims=True))
+    probabilities = powers / powers.sum(axis=1, keepdims=True)
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+    return [
+        [(labels[k], float(p[k])) for k in best]
+        for best, p in zip(order, probabilities, strict=True)
+    ]
+
+
+def batches(
+    inputs: Inputs, names: Sequence[str], shape: tuple[int, ...], tokenizer: WordPiece | None
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+    """Yield (rows, model inputs) of bounded batches of texts, or of arrays (n, *shape).
+
+    Raises DataError when the inputs are not what the model takes.
+    """
+    if tokenizer is None:
+        yield from _array_batches(inputs, names[0], shape)
+        return
+    if isinstance(inputs, str | np.ndarray) or not all(isinstance(t, str) for t in inputs):
+        raise DataError("this model classifies texts: expected a list of str")
+    ids, mask = names
+    for start in range(0, len(inputs), WINDOW):
+        encoded = [tokenizer.encode(text) for text in inputs[start : start + WINDOW]]
+        for rows in by_length([len(one) for one in encoded]):
+            batch = tokenizer.batch([encoded[i] for i in rows])
+            yield rows + start, {ids: batch[0], mask: batch[1]}
+
+
+def _array_batches(
+    inputs: Inputs, name: str, shape: tuple[int, ...]
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+    array = np.asarray(inputs)
+    if array.shape[1:] != shape or array.dtype.kind != "f" or array.ndim != len(shape) + 1:
+        raise DataError(
+            f"this model takes float32 inputs of shape (n, {', '.join(map(str, shape))}), got "
+            f"{array.dtype} of shape {array.shape}"
+        )
+    if not np.isfinite(array).all():
+        raise DataError("inputs hold NaN or infinite values")
+    size = max(1, BATCH_VALUES // max(1, int(np.prod(shape))))
+    for start in range(0, len(array), size):
+        rows = np.arange(start, min(start + size, len(array)))
+        yield rows, {name: array[rows].astype(np.float32, copy=False)}
 
 
 def load_session(model: bytes, *, threads: int) -> onnxruntime.InferenceSession:
@@ -145,7 +161,7 @@ def load_session(model: bytes, *, threads: int) -> onnxruntime.InferenceSession:
         ) from error
 
 
-def _by_length(lengths: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+def by_length(lengths: Sequence[int]) -> Iterator[NDArray[np.int64]]:
     """Yield rows of batches of at most BATCH_TOKENS padded tokens, shortest first."""
     order = np.argsort(lengths, kind="stable").astype(np.int64)
     start = 0

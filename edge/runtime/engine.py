@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """What one call computed: sums over the batch's records, float32 arrays of the spec's shapes."""
+    """What one call computed: sums over the batch's records; float32, of the spec's shapes."""
 
     loss: float  # Σ w_i ℓ_i
     arrays: dict[str, Floats]

@@ -181,12 +181,15 @@ def test_no_batch_holds_more_tokens_or_values_than_allowed(
 ) -> None:
     monkeypatch.setattr(classify, "BATCH_TOKENS", 60)
     monkeypatch.setattr(classify, "BATCH_VALUES", 12)
-    text, table = Model.open(make_release("text")[0]), Model.open(make_release("tabular")[0])
-    batches = [feeds["input_ids"] for _, feeds in text._batches(TEXTS * 20)]
-    rows = [feeds["features"] for _, feeds in table._batches(np.zeros((7, 5), np.float32))]
+    text = Model.open(make_release("text")[0])
+    names = text.manifest.inputs
+    cut = classify.batches(TEXTS * 20, names, (), text.tokenizer)
+    texts = [feeds["input_ids"] for _, feeds in cut]
+    table = classify.batches(np.zeros((7, 5), np.float32), ["features"], (5,), None)
+    rows = [feeds["features"] for _, feeds in table]
 
-    assert max(b.size for b in batches) <= 60
-    assert np.mean([b.size for b in batches]) > 40  # and they are used
+    assert max(b.size for b in texts) <= 60
+    assert np.mean([b.size for b in texts]) > 40  # and they are used
     assert [b.shape for b in rows] == [(2, 5), (2, 5), (2, 5), (1, 5)]
 
 

@@ -1,0 +1,207 @@
+"""The nodes that stand for a linear layer or an embedding once its weights are codes.
+
+One `Writer` per graph: it makes constants and appends nodes in the order of the graph it rewrites.
+`transposed` says that a product is by the transposed matrix; `Codes.turned` that the codes are laid
+out as the transposed matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from anabranch.edge.export.codes import ZERO, block_for, pack, quantize_blocks, quantize_channels
+from anabranch.edge.export.frozen import Weight
+from anabranch.edge.export.weights import packed_tensor, tensor
+
+EMBEDDING_LIMIT, PRODUCT_LIMIT = 127, 63  # largest 8-bit code, see quantize.py
+MICROSOFT = "com.microsoft"
+INT8_PRODUCT = 4  # MatMulNBits' accuracy_level: x in 8 bits per block, sums in 32
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight's constants, by name. `rows` and `columns` are those of the codes' layout."""
+
+    rows: int
+    columns: int
+    turned: bool
+    codes: str
+    scales: str
+    zeros: str = ""
+    block: int = 0  # 0: 8-bit codes, a scale per channel
+
+
+class Writer:
+    """Nodes and constants of a graph that is being rewritten."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+        self._taken = {name for node in graph.node for name in (*node.input, *node.output)}
+        self._eight: dict[str, tuple[str, str, str]] = {}  # x -> its codes, scale and zero point
+
+    # Weights
+
+    def channels(self, weight: Weight, *, step: bool) -> Codes:
+        """Store 8-bit codes: per row of an embedding; (inputs, outputs), per output, of a layer."""
+        if weight.lookups:
+            codes, scales = quantize_channels(weight.values, 0, EMBEDDING_LIMIT)
+            names = self._array(codes), self._array(scales[:, None])
+            return Codes(len(codes), codes.shape[1], False, *names)
+        turned = weight.transposed
+        values = np.ascontiguousarray(weight.values.T if turned else weight.values)
+        codes, scales = quantize_channels(values, 1, PRODUCT_LIMIT)
+        zeros = self._array(np.zeros(len(scales), np.int8)) if step else ""
+        names = self._array(codes), self._array(scales)
+        return Codes(len(codes), codes.shape[1], turned, *names, zeros=zeros)
+
+    def blocks(self, weight: Weight, block: int, *, step: bool) -> Codes:
+        """Store 4-bit codes in blocks: along an embedding's row; (outputs, inputs) of a layer."""
+        turned = not weight.lookups and not weight.transposed
+        values = np.ascontiguousarray(weight.values.T if turned else weight.values)
+        rows, columns = values.shape
+        block = block_for(columns, block)
+        packed, scales = quantize_blocks(values, block)
+        count = scales.shape[1]
+        if weight.lookups:
+            names = self._array(packed), self._array(scales)
+            return Codes(rows, columns, False, *names, block=block)
+        if not step:
+            shaped = packed.reshape(rows, count, block // 2)
+            names = self._array(shaped), self._array(scales.reshape(-1))
+            return Codes(rows, columns, turned, *names, block=block)
+        zeros = np.full((rows * count + 1) // 2 * 2, ZERO, np.uint8)
+        zeros[rows * count :] = 0
+        zero = self._add(packed_tensor(pack(zeros), (rows, count)))
+        names = self._add(packed_tensor(packed, (rows, count * block))), self._array(scales)
+        return Codes(rows, columns, turned, *names, zeros=zero, block=block)
+
+    # Products
+
+    def dequantized(self, node: onnx.NodeProto, codes: Codes, *, transposed: bool) -> None:
+        """Multiply by weights that are dequantized for this node alone."""
+        at = node.output[0]
+        about: dict[str, Any] = {"axis": 1}
+        if codes.block:
+            about["block_size"] = codes.block
+        operands = [codes.codes, codes.scales, codes.zeros]
+        weight = self._node(at, "DequantizeLinear", operands, **about)
+        if codes.block and codes.columns % codes.block:
+            ends = [self._ints(0), self._ints(codes.columns), self._ints(1)]
+            weight = self._node(at, "Slice", [weight, *ends])
+        turn = transposed != codes.turned
+        x, *bias = node.input[0], *node.input[2:]
+        if node.op_type == "Gemm":
+            self._node(at, "Gemm", [x, weight, *bias], out=at, transB=int(turn))
+        elif not turn:
+            self._node(at, "MatMul", [x, weight], out=at)
+        else:  # Gemm reads the weight as it lies, where Transpose would make a copy
+            outputs, inputs = codes.rows, codes.columns
+            rows = self._node(at, "Reshape", [x, self._ints(-1, inputs)])
+            rows = self._node(at, "Gemm", [rows, weight], transB=1)
+            batch = self._node(at, "Shape", [x], end=-1)
+            shape = self._node(at, "Concat", [batch, self._ints(outputs)], axis=0)
+            self._node(at, "Reshape", [rows, shape], out=at)
+
+    def integer(self, node: onnx.NodeProto, codes: Codes) -> None:
+        """Multiply 8-bit codes of x, from its own range, by the weight's."""
+        at = node.output[0]
+        x, scale, zero = self._as_eight(node.input[0])
+        sums = self._node(at, "MatMulInteger", [x, codes.codes, zero])
+        sums = self._node(at, "Cast", [sums], to=TensorProto.FLOAT)
+        scale = self._node(at, "Mul", [scale, codes.scales])
+        self._plus(node, "Mul", [sums, scale])
+
+    def nbits(self, node: onnx.NodeProto, codes: Codes) -> None:
+        """Multiply x, in 8 bits per block, by 4-bit codes."""
+        about = {
+            "K": codes.columns,
+            "N": codes.rows,
+            "bits": 4,
+            "block_size": codes.block,
+            "accuracy_level": INT8_PRODUCT,
+        }
+        operands = [node.input[0], codes.codes, codes.scales]
+        self._plus(node, "MatMulNBits", operands, domain=MICROSOFT, **about)
+
+    def _plus(self, node: onnx.NodeProto, op: str, operands: list[str], **about: Any) -> None:
+        """Write the last operation of a product, and add a Gemm's third operand."""
+        at = node.output[0]
+        bias = [name for name in node.input[2:] if name]
+        product = self._node(at, op, operands, out="" if bias else at, **about)
+        if bias:
+            self._node(at, "Add", [product, *bias], out=at)
+
+    def _as_eight(self, x: str) -> tuple[str, str, str]:
+        if x not in self._eight:
+            codes, scale, zero = (self._fresh(x, word) for word in ("codes", "scale", "zero"))
+            names = [codes, scale, zero]
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], names, name=codes))
+            self._eight[x] = codes, scale, zero
+        return self._eight[x]
+
+    # Embeddings
+
+    def rows8(self, node: onnx.NodeProto, codes: Codes) -> None:
+        """Look up 8-bit rows and their scales."""
+        at, index = node.output[0], node.input[1]
+        row = self._node(at, "Gather", [codes.codes, index], axis=0)
+        row = self._node(at, "Cast", [row], to=TensorProto.FLOAT)
+        scale = self._node(at, "Gather", [codes.scales, index], axis=0)
+        self._node(at, "Mul", [row, scale], out=at)
+
+    def rows4(self, node: onnx.NodeProto, codes: Codes) -> None:
+        """Look up packed rows and their scales, and unpack what was looked up."""
+        at, index = node.output[0], node.input[1]
+        packed = self._node(at, "Gather", [codes.codes, index], axis=0)
+        low = self._node(at, "BitwiseAnd", [packed, self._array(np.array(15, np.uint8))])
+        four = self._array(np.array(4, np.uint8))
+        high = self._node(at, "BitShift", [packed, four], direction="RIGHT")
+        last = self._ints(-1)
+        halves = [self._node(at, "Unsqueeze", [half, last]) for half in (low, high)]
+        pairs = self._node(at, "Concat", halves, axis=-1)
+        padded = -(-codes.columns // codes.block) * codes.block
+        row = self._node(at, "Reshape", [pairs, self._ints(-1, padded // codes.block, codes.block)])
+        row = self._node(at, "Cast", [row], to=TensorProto.FLOAT)
+        row = self._node(at, "Sub", [row, self._array(np.array(ZERO, np.float32))])
+        scale = self._node(at, "Gather", [codes.scales, index], axis=0)
+        scale = self._node(at, "Reshape", [scale, self._ints(-1, padded // codes.block, 1)])
+        row = self._node(at, "Mul", [row, scale])
+        shape = self._node(at, "Shape", [index])
+        shape = self._node(at, "Concat", [shape, self._ints(padded)], axis=0)
+        whole = padded == codes.columns
+        row = self._node(at, "Reshape", [row, shape], out=at if whole else "")
+        if not whole:
+            ends = [self._ints(0), self._ints(codes.columns), last]
+            self._node(at, "Slice", [row, *ends], out=at)
+
+    # Names
+
+    def _node(self, at: str, op: str, operands: list[str], *, out: str = "", **about: Any) -> str:
+        """Append a node; its output is `out`, or a new name beside `at`. Return that."""
+        name = out or self._fresh(at, op)
+        self.nodes.append(helper.make_node(op, operands, [name], name=name, **about))
+        return name
+
+    def _fresh(self, at: str, word: str) -> str:
+        name = f"{at}/{word}"
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
+
+    def _array(self, values: NDArray[Any]) -> str:
+        return self._add(tensor(values))
+
+    def _ints(self, *values: int) -> str:
+        return self._array(np.array(values, np.int64))
+
+    def _add(self, constant: TensorProto) -> str:
+        self.constants[constant.name] = constant
+        return constant.name

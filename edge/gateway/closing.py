@@ -1,0 +1,179 @@
+"""How a round ends: the sum of what was counted, or a reason why there is none.
+
+A round ends at its deadline, or as soon as `cohort` deltas are counted. With [client_privacy] it
+ends early only when every device has had its draw and nobody who was drawn is still at work.
+
+Deltas are read back one at a time, in the order of their SHA-256 (then of their tasks): the sum
+does not depend on who was fast, and is the same bits after a restart. `closing` is written first,
+so nothing is counted any more; if the process dies, closing is done again from the same files.
+Noise is drawn anew then; what was drawn before never left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from anabranch.edge.gateway.aggregate import Total, total_of
+from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
+from anabranch.edge.gateway.published import put_frame
+from anabranch.edge.gateway.spool import Spool
+from anabranch.edge.gateway.store import Row, Store
+from anabranch.edge.gateway.tasks import Asked, asked_of
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import Delta
+from anabranch.protocols.errors import AnabranchError, RunError
+from anabranch.protocols.randomness import Randomness
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Closer:
+    """Ends the rounds of one gateway. One process does it: the gRPC server."""
+
+    folder: GatewayFolder
+    file: GatewayFile
+    store: Store
+    spool: Spool
+
+    def recover(self) -> int:
+        """Remove what a crash left behind: uploads of ended rounds; return how many files."""
+        with self.store.writing() as db:
+            db.execute(
+                "DELETE FROM uploads WHERE task IN (SELECT tasks.id FROM tasks JOIN rounds "
+                "ON rounds.id = tasks.round WHERE rounds.state IN ('closed', 'refused'))"
+            )
+        return self.spool.sweep()
+
+    def due(self, now: float | None = None) -> list[int]:
+        """End every round whose time has come, or that a crash left half ended; return them."""
+        now = time.time() if now is None else now
+        ended = []
+        for row in self.store.rows("SELECT * FROM rounds WHERE state IN ('open', 'closing')"):
+            if row["state"] == "closing" or now >= row["deadline"] or self._enough(row):
+                self.close(row)
+                ended.append(int(row["id"]))
+        return ended
+
+    def close(self, row: Row) -> None:
+        """End one round."""
+        with self.store.writing() as db:
+            db.execute(
+                "UPDATE rounds SET state = 'closing' WHERE id = ? AND state = 'open'", (row["id"],)
+            )
+        try:
+            self._close(row)
+        except AnabranchError as error:
+            log.warning("round %d of %s: %s", row["number"], row["run"], error)
+            self._end(row, state="refused", reason=str(error))
+        self._clean(row)
+
+    def _close(self, row: Row) -> None:
+        counted = self.store.rows(
+            "SELECT * FROM counted WHERE round = ? ORDER BY sha, task", row["id"]
+        )
+        plan, least = self.file.client_privacy, self.file.min_cohort
+        if plan is None and len(counted) < least:
+            reason = (
+                f"{len(counted)} devices sent a delta that counts, min_cohort = {least}: nothing "
+                "is sent on"
+            )
+            self._end(row, state="refused", reason=reason)
+            return
+        asked = asked_of(row)
+        delta = self._delta(row, asked, counted)
+        uplink = asked.uplink
+        name = f"{self.file.name}/{row['run']}/{row['number']}"
+        rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
+        frame = wire.encode(delta, codec=uplink.codec, keep=uplink.keep, rng=rng)
+        sha = put_frame(self.folder.results, frame)
+        self._end(
+            row,
+            state="closed",
+            result=sha,
+            examples=delta.num_examples,
+            steps=delta.steps,
+            clients=len(counted),
+        )
+
+    def _delta(self, row: Row, asked: Asked, counted: list[Row]) -> Delta:
+        config, plan = asked.assignment.config, self.file.client_privacy
+        norm = self.file.clipping_norm if plan is None else plan.clipping_norm
+        total: Total = total_of(
+            self._deltas(asked, counted),
+            asked.spec,
+            asked.assignment.part,
+            by_examples=plan is None and config.federation.weighting == "examples",
+            norm=norm,
+        )
+        steps = 0 if asked.mechanism is None else asked.mechanism.steps
+        if plan is not None:
+            return total.private_mean(plan, Randomness.fresh().normal, steps=steps)
+        mean = total.mean()
+        examples = min(total.examples, row["described"])  # what was announced is not exceeded
+        return Delta(mean.spec, mean.arrays, examples, part=mean.part, steps=steps or mean.steps)
+
+    def _deltas(self, asked: Asked, counted: list[Row]) -> Iterator[Delta]:
+        for one in counted:
+            try:
+                frame = self.spool.path(one["upload"]).read_bytes()
+            except OSError as error:
+                raise RunError(
+                    f"gateway {self.file.name}: a counted delta cannot be read back "
+                    f"({error.strerror}): nothing is sent on"
+                ) from None
+            yield asked.decode(frame)
+
+    def _enough(self, row: Row) -> bool:
+        counted = self._tally(row, "counted")
+        if self.file.client_privacy is None:
+            return counted >= self.file.cohort
+        drawn = self.store.row("SELECT count(*) AS n FROM draws WHERE round = ?", row["id"])
+        active = self.store.row("SELECT count(*) AS n FROM devices WHERE revoked IS NULL")
+        waiting = self._tally(row, "handed")
+        return bool(drawn and active and drawn["n"] >= active["n"] > 0 and waiting == 0)
+
+    def _tally(self, row: Row, state: str) -> int:
+        found = self.store.row(
+            "SELECT count(*) AS n FROM tasks WHERE round = ? AND state = ?", row["id"], state
+        )
+        return 0 if found is None else int(found["n"])
+
+    def _end(
+        self,
+        row: Row,
+        *,
+        state: str,
+        reason: str = "",
+        result: str | None = None,
+        examples: int | None = None,
+        steps: int | None = None,
+        clients: int | None = None,
+    ) -> None:
+        with self.store.writing() as db:
+            db.execute(
+                "UPDATE rounds SET state = ?, reason = ?, result = ?, examples = ?, steps = ?, "
+                "clients = ?, closed = ? WHERE id = ? AND state = 'closing'",
+                (state, reason, result, examples, steps, clients, time.time(), row["id"]),
+            )
+
+    def _clean(self, row: Row) -> None:
+        """Remove the bytes of an ended round's uploads, and its adapter if no other needs it."""
+        tasks = "SELECT id FROM tasks WHERE round = ?"
+        uploads = self.store.rows(f"SELECT id FROM uploads WHERE task IN ({tasks})", row["id"])
+        with self.store.writing() as db:
+            db.execute(f"DELETE FROM uploads WHERE task IN ({tasks})", (row["id"],))
+        for upload in uploads:
+            self.spool.remove(upload["id"])
+        needed = self.store.row(
+            "SELECT 1 FROM rounds WHERE adapter = ? AND state IN ('open', 'closing')",
+            row["adapter"],
+        )
+        if needed is None:
+            (self.folder.files / row["adapter"]).unlink(missing_ok=True)

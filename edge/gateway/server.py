@@ -1,0 +1,192 @@
+"""The gateway's gRPC process: two ports, one closer, bounded in every direction.
+
+    enroll_port   TLS without client certificates: Enroll, and health
+    port          mutual TLS: everything else, and health
+
+Threads of a pool answer calls, at most `calls` at once; what comes on top is refused at once with
+RESOURCE_EXHAUSTED, not queued. A stream is read one message at a time, so a slow reader or writer
+holds one chunk (HTTP/2 flow control does the rest). Memory: calls · (message + thread), and two
+deltas being checked, and one sum.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from anabranch.edge.gateway.asking import Opener
+from anabranch.edge.gateway.authority import open_authority
+from anabranch.edge.gateway.closing import Closer
+from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
+from anabranch.edge.gateway.limits import Quotas
+from anabranch.edge.gateway.published import Shelf
+from anabranch.edge.gateway.rounds import Rounds
+from anabranch.edge.gateway.service import Door, Parts, Service, at
+from anabranch.edge.gateway.spool import Spool
+from anabranch.edge.gateway.store import Store
+from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
+from anabranch.protocols.errors import ConfigError
+
+NAME = edge_pb2.DESCRIPTOR.services_by_name["EdgeGateway"].full_name
+CLOSE_EVERY_S = 0.25
+DOOR_CALLS = 8  # of enrol_port at once: an Enroll takes a millisecond
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Gateway:
+    """A running gateway. `close` ends calls after a grace period."""
+
+    folder: GatewayFolder
+    file: GatewayFile
+    parts: Parts
+    closer: Closer
+    port: int
+    enroll_port: int
+    servers: list[grpc.Server]
+    stopping: threading.Event
+    ending: threading.Thread
+
+    @property
+    def opener(self) -> Opener:
+        """Return what opens rounds in this process."""
+        return Opener(self.folder, self.file, self.parts.store, self.parts.shelf)
+
+    def close(self, grace_s: float = 2.0) -> None:
+        """Stop; what was begun goes on when the gateway is started again."""
+        self.stopping.set()
+        stopped = [server.stop(grace_s) for server in self.servers]
+        for event in stopped:
+            event.wait(grace_s + 5)
+        self.ending.join(30)
+        self.parts.store.close()
+
+    def __enter__(self) -> Gateway:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def parts_of(folder: GatewayFolder, file: GatewayFile) -> Parts:
+    """Open everything in a gateway's folder; raises as its files do."""
+    store = Store(folder.state)
+    keys = [bytes.fromhex(key) for key in file.bundle_keys]
+    spool = Spool(folder.spool, store)
+    return Parts(
+        file=file,
+        authority=open_authority(folder.authority),
+        store=store,
+        shelf=Shelf(folder.bundles(file), keys, folder.files),
+        spool=spool,
+        rounds=Rounds(file, store, spool),
+        quotas=Quotas(file.limits, store),
+    )
+
+
+def start(path: Path) -> Gateway:
+    """Serve the gateway in a folder; ConfigError if a port is taken or a file cannot be used."""
+    folder = GatewayFolder(path)
+    file = folder.read()
+    parts = parts_of(folder, file)
+    closer = Closer(folder, file, parts.store, parts.spool)
+    closer.recover()
+    key, certificate = parts.authority.server_credentials(file.hosts)
+    chain = certificate + parts.authority.pem  # a device with a fingerprint looks for the root
+    options = _options(file)
+    calls = file.limits.calls
+    inner = grpc.server(
+        ThreadPoolExecutor(calls, "call"), options=options, maximum_concurrent_rpcs=calls
+    )
+    edge_pb2_grpc.add_EdgeGatewayServicer_to_server(Service(parts), inner)
+    outer = grpc.server(
+        ThreadPoolExecutor(DOOR_CALLS, "enrol"), options=options, maximum_concurrent_rpcs=DOOR_CALLS
+    )
+    outer.add_generic_rpc_handlers((_door(Door(parts)),))
+    for server in (inner, outer):
+        server.add_generic_rpc_handlers((_health(),))
+    if file.reflection:
+        _reflect(inner)
+    mutual = grpc.ssl_server_credentials([(key, chain)], parts.authority.pem, True)
+    plain = grpc.ssl_server_credentials([(key, chain)])
+    port = _bind(inner, at(file.address, file.port), mutual)
+    enroll_port = _bind(outer, at(file.address, file.enroll_port), plain)
+    stopping = threading.Event()
+    ending = threading.Thread(target=_end_rounds, args=(closer, stopping), daemon=True)
+    for server in (inner, outer):
+        server.start()
+    ending.start()
+    return Gateway(folder, file, parts, closer, port, enroll_port, [inner, outer], stopping, ending)
+
+
+def _end_rounds(closer: Closer, stopping: threading.Event) -> None:
+    while not stopping.wait(CLOSE_EVERY_S):
+        try:
+            closer.due()
+        except Exception:  # the boundary: the next turn tries again, devices are still served
+            log.exception("ending rounds failed")
+
+
+def _options(file: GatewayFile) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", file.limits.message_bytes),
+        ("grpc.max_send_message_length", file.limits.message_bytes),
+        ("grpc.max_metadata_size", 8192),
+        ("grpc.max_concurrent_streams", 2 * file.limits.calls_at_once),
+        ("grpc.so_reuseport", 0),  # a second gateway on the port is a mistake, not a helper
+        ("grpc.keepalive_time_ms", 30_000),  # peers that are gone are noticed
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+        ("grpc.max_connection_idle_ms", 120_000),
+        ("grpc.http2.bdp_probe", 0),  # windows stay at lookahead_bytes
+        ("grpc.http2.lookahead_bytes", 1 << 17),
+    ]
+
+
+def _bind(server: grpc.Server, address: str, credentials: Any) -> int:
+    try:
+        port: int = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise ConfigError(f"{address}: cannot be listened on; is another gateway running there?")
+    return port
+
+
+def _door(door: Door) -> Any:
+    enroll = grpc.unary_unary_rpc_method_handler(
+        door.enroll,
+        request_deserializer=edge_pb2.EnrollRequest.FromString,
+        response_serializer=edge_pb2.EnrollReply.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(NAME, {"Enroll": enroll})
+
+
+def _health() -> Any:
+    """Return grpc.health.v1.Health/Check. Watch, which stays open, is not offered."""
+
+    def check(request: health_pb2.HealthCheckRequest, context: Any) -> Any:
+        if request.service not in ("", NAME):
+            context.abort(grpc.StatusCode.NOT_FOUND, "service: unknown")
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        check,
+        request_deserializer=health_pb2.HealthCheckRequest.FromString,
+        response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
+
+
+def _reflect(server: grpc.Server) -> None:
+    from grpc_reflection.v1alpha import reflection
+
+    reflection.enable_server_reflection((NAME, reflection.SERVICE_NAME), server)

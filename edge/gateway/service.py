@@ -1,0 +1,384 @@
+"""The gRPC service of protocols/edge.proto: requests in, replies out, refusals as status codes.
+
+Every call: the peer's certificate names the device (authority.py), which must be known and not
+revoked; the deadline is at most call_s; quotas are checked (limits.py). No field of a request says
+who the device is. What the gateway refuses comes back as the status of its Refusal, any other
+mistake of a peer as INVALID_ARGUMENT; the text of an unforeseen error stays in the log. Payloads,
+tokens and certificates are never logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import msgspec
+from cryptography.hazmat.primitives import serialization
+
+from anabranch.edge.gateway.authority import (
+    Authority,
+    key_digest,
+    new_device,
+    request_key,
+    token_hash,
+)
+from anabranch.edge.gateway.config import GatewayFile
+from anabranch.edge.gateway.limits import EVERYBODY, Quotas
+from anabranch.edge.gateway.published import Served, Shelf
+from anabranch.edge.gateway.refusals import Denied, Exhausted, Malformed, Refusal
+from anabranch.edge.gateway.rounds import Rounds
+from anabranch.edge.gateway.spool import Spool
+from anabranch.edge.gateway.store import Enrolment, Store
+from anabranch.edge.gateway.tasks import Offer, Retry, Status, asked_of
+from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
+from anabranch.edge.runtime.bundle_manifest import MANIFEST, SIGNATURE
+from anabranch.protocols.errors import AnabranchError
+from anabranch.protocols.spec import shown
+
+MAX_TEXT = 256  # characters of a string that a device sends
+MAX_LIST = 64
+COUNT_EVERY = 16 << 20  # bytes of a download between two notes of them
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that the service works with."""
+
+    file: GatewayFile
+    authority: Authority
+    store: Store
+    shelf: Shelf
+    spool: Spool
+    rounds: Rounds
+    quotas: Quotas
+
+
+class Door:
+    """Enrolment: the one call without a certificate."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def enroll(self, request: edge_pb2.EnrollRequest, context: Any) -> edge_pb2.EnrollReply:
+        """Exchange a token and a certificate request for a certificate."""
+
+        def enroll() -> edge_pb2.EnrollReply:
+            _require_deadline(context, self._parts.file.limits.call_s)
+            with self._parts.quotas.call(EVERYBODY):
+                return self._enroll(request)
+
+        return _answered("Enroll", context, enroll)
+
+    def _enroll(self, request: edge_pb2.EnrollRequest) -> edge_pb2.EnrollReply:
+        _require_text("token", request.token)
+        _require_text("platform", request.platform)
+        key = key_digest(request_key(request.certificate_request))
+        wanted = Enrolment(new_device(), key, shown(request.platform, MAX_TEXT))
+        device = self._parts.store.enrol(token_hash(request.token), wanted, time.time())
+        log.info("device %s enrolled", device)
+        return _certified(self._parts, device, request.certificate_request)
+
+
+class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
+    """The calls that need a certificate."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def Enroll(self, request: edge_pb2.EnrollRequest, context: Any) -> edge_pb2.EnrollReply:
+        """Renew the certificate of a device that has one: no token."""
+
+        def renew(device: str) -> edge_pb2.EnrollReply:
+            if request.token:
+                raise Malformed("token: must be empty here; a token is for the enrolment port")
+            key = key_digest(request_key(request.certificate_request))
+            self._parts.store.renew(device, key)
+            return _certified(self._parts, device, request.certificate_request)
+
+        return self._unary("Enroll", context, renew)
+
+    def CheckIn(self, request: edge_pb2.CheckInRequest, context: Any) -> edge_pb2.CheckInReply:
+        """Return a task, or when to ask again."""
+
+        def check_in(device: str) -> edge_pb2.CheckInReply:
+            said = request.capabilities
+            _require_capabilities(said, self._parts.file.limits.max_examples)
+            _require_text("resume_task", request.resume_task)
+            got = self._parts.rounds.check_in(
+                device,
+                examples=said.examples,
+                runtime=shown(said.runtime, MAX_TEXT),
+                resume=request.resume_task,
+            )
+            if isinstance(got, Retry):
+                return edge_pb2.CheckInReply(retry=_window(got))
+            return edge_pb2.CheckInReply(task=self._task(got))
+
+        return self._unary("CheckIn", context, check_in)
+
+    def Fetch(self, request: edge_pb2.FetchRequest, context: Any) -> Iterator[edge_pb2.Chunk]:
+        """Yield a file from an offset; one chunk is held at a time."""
+        try:
+            with self._admitted(context) as device:
+                yield from self._chunks(device, request)
+                return
+        except Exception as error:  # the boundary: gRPC would send its text
+            code, text = _refused("Fetch", error)
+        context.abort(code, text)
+
+    def _chunks(self, device: str, request: edge_pb2.FetchRequest) -> Iterator[edge_pb2.Chunk]:
+        if len(request.sha256) != 32:
+            raise Malformed(f"sha256: expected 32 bytes, got {len(request.sha256)}")
+        file = self._parts.shelf.find(request.sha256.hex())
+        if request.offset > file.size:
+            raise Malformed(f"offset: {request.offset} is beyond the file's {file.size} bytes")
+        left, waiting = self._parts.quotas.require_bytes(device), 0
+        try:
+            with file.path.open("rb") as source:
+                source.seek(request.offset)
+                offset = request.offset
+                while data := source.read(self._parts.file.limits.chunk_bytes):
+                    left, waiting = left - len(data), waiting + len(data)
+                    if left < 0:
+                        raise Exhausted("bytes: today's are used up; come back after midnight UTC")
+                    yield edge_pb2.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+                    offset += len(data)
+                    if waiting >= COUNT_EVERY:
+                        self._parts.quotas.count_bytes(device, waiting)
+                        waiting = 0
+        finally:
+            self._parts.quotas.count_bytes(device, waiting)
+
+    def BeginUpload(
+        self, request: edge_pb2.BeginUploadRequest, context: Any
+    ) -> edge_pb2.UploadStatus:
+        """Say how many bytes of an upload are there."""
+
+        def begin(device: str) -> edge_pb2.UploadStatus:
+            _require_text("task", request.task)
+            self._parts.quotas.require_bytes(device)
+            got = self._parts.rounds.begin(device, request.task, request.sha256, request.size)
+            return self._status(got)
+
+        return self._unary("BeginUpload", context, begin)
+
+    def Upload(self, chunks: Iterator[edge_pb2.UploadChunk], context: Any) -> edge_pb2.UploadStatus:
+        """Append chunks to one upload; what is safe stays when the stream breaks."""
+
+        def upload(device: str) -> edge_pb2.UploadStatus:
+            return self._status(self._append(device, chunks))
+
+        return self._unary("Upload", context, upload)
+
+    def _append(self, device: str, chunks: Iterator[edge_pb2.UploadChunk]) -> Status:
+        writer, left = None, self._parts.quotas.require_bytes(device)
+        try:
+            for chunk in _until_broken(chunks):
+                _require_text("upload", chunk.upload)
+                if len(chunk.data) > self._parts.file.limits.chunk_bytes:
+                    most = self._parts.file.limits.chunk_bytes
+                    raise Malformed(f"chunk: {len(chunk.data)} bytes, at most {most} allowed")
+                if writer is None:
+                    writer = self._parts.spool.open(chunk.upload, device)
+                elif chunk.upload != writer.upload:
+                    raise Malformed("upload: one stream carries one upload")
+                left -= len(chunk.data)
+                if left < 0:
+                    raise Exhausted("bytes: today's are used up; come back after midnight UTC")
+                writer.add(chunk.offset, chunk.data, chunk.crc32)
+            if writer is None:
+                raise Malformed("upload: a stream without chunks")
+        finally:
+            if writer is not None:
+                try:
+                    writer.checkpoint()
+                finally:
+                    writer.close()
+        state = "COMPLETE" if writer.complete else "OPEN"
+        return Status(writer.upload, writer.committed, state)
+
+    def Commit(self, request: edge_pb2.CommitRequest, context: Any) -> edge_pb2.CommitReply:
+        """Count a delta, once."""
+
+        def commit(device: str) -> edge_pb2.CommitReply:
+            _require_text("task", request.task)
+            _require_text("upload", request.upload)
+            got = self._parts.rounds.commit(
+                device,
+                request.task,
+                request.upload,
+                request.sha256,
+                examples=request.examples,
+                steps=request.steps,
+            )
+            after = _window(self._parts.rounds.retry("come back for the next round"))
+            return edge_pb2.CommitReply(accepted=got.accepted, reason=got.reason, next=after)
+
+        return self._unary("Commit", context, commit)
+
+    def Abort(self, request: edge_pb2.AbortRequest, context: Any) -> edge_pb2.AbortReply:
+        """Take a task back."""
+
+        def abort(device: str) -> edge_pb2.AbortReply:
+            _require_text("task", request.task)
+            _require_text("reason", request.reason)
+            self._parts.rounds.abort(device, request.task, shown(request.reason, MAX_TEXT))
+            return edge_pb2.AbortReply(next=_window(self._parts.rounds.retry("task given back")))
+
+        return self._unary("Abort", context, abort)
+
+    def _unary(self, name: str, context: Any, work: Callable[[str], T]) -> T:
+        def admitted() -> T:
+            with self._admitted(context) as device:
+                return work(device)
+
+        return _answered(name, context, admitted)
+
+    @contextmanager
+    def _admitted(self, context: Any) -> Iterator[str]:
+        """Yield the device that calls, if it may."""
+        _require_deadline(context, self._parts.file.limits.call_s)
+        pem = context.auth_context().get("x509_pem_cert", [])
+        if len(pem) != 1:
+            raise Denied("certificate: this port needs one; enrol first")
+        device = self._parts.authority.device_of(pem[0])
+        self._parts.store.require_device(device)
+        with self._parts.quotas.call(device):
+            yield device
+
+    def _task(self, offer: Offer) -> edge_pb2.Task:
+        row, asked = offer.round, asked_of(offer.round)
+        config, mechanism = asked.assignment.config, asked.mechanism
+        bundle = self._parts.shelf.bundle(row["bundle"])
+        task = edge_pb2.Task(
+            id=offer.task["id"],
+            run=row["run"],
+            round=row["number"],
+            bundle=bundle.manifest.name,
+            bundle_version=bundle.manifest.version,
+            manifest=_reference(bundle.named(MANIFEST)),
+            signature=_reference(bundle.named(SIGNATURE)),
+            adapter=edge_pb2.FileRef(
+                name="adapter", sha256=bytes.fromhex(row["adapter"]), size=row["adapter_bytes"]
+            ),
+            training=msgspec.json.encode(config.training),
+            part=msgspec.json.encode(asked.assignment.part),
+            uplink=msgspec.json.encode(config.uplink),
+            proximal_mu=config.federation.proximal_mu,
+            seed=_seed(config.seed, offer.task["id"]),
+            deadline_unix=int(row["deadline"]),
+            chunk_bytes=self._parts.file.limits.chunk_bytes,
+            max_upload_bytes=asked.max_bytes,
+        )
+        if mechanism is not None:
+            task.privacy.noise_multiplier = mechanism.noise_multiplier
+            task.privacy.sample_rate = mechanism.sample_rate
+            task.privacy.clipping_norm = mechanism.clipping_norm
+            task.privacy.delta = mechanism.delta
+        return task
+
+    def _status(self, status: Status) -> edge_pb2.UploadStatus:
+        return edge_pb2.UploadStatus(
+            upload=status.upload,
+            committed=status.committed,
+            state=edge_pb2.UploadStatus.State.Value(status.state),
+            chunk_bytes=self._parts.file.limits.chunk_bytes,
+            reason=status.reason,
+        )
+
+
+def _answered(name: str, context: Any, work: Callable[[], T]) -> T:
+    """Return what `work` returns; an error becomes a status, and the call ends."""
+    try:
+        return work()
+    except Exception as error:  # the boundary: gRPC would send its text
+        code, text = _refused(name, error)
+    context.abort(code, text)
+    raise RuntimeError("context.abort returned")
+
+
+def _refused(name: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+    """Return status and sentence for the device; the log has the same, or the type alone."""
+    if isinstance(error, Refusal):
+        log.info("%s refused: %s", name, error)
+        return getattr(grpc.StatusCode, error.status), str(error)
+    if isinstance(error, AnabranchError):
+        log.info("%s refused: %s", name, error)
+        return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+    if isinstance(error, grpc.RpcError):
+        return grpc.StatusCode.CANCELLED, "the call was ended by the device"
+    log.error("%s failed", name, exc_info=error)
+    return grpc.StatusCode.INTERNAL, f"{type(error).__name__} in {name}: see the gateway's log"
+
+
+def _until_broken(chunks: Iterator[edge_pb2.UploadChunk]) -> Iterator[edge_pb2.UploadChunk]:
+    """Yield what arrives; a stream that breaks simply ends: nobody hears the answer."""
+    try:
+        yield from chunks
+    except grpc.RpcError:
+        log.info("Upload broke off")
+
+
+def _certified(parts: Parts, device: str, request: bytes) -> edge_pb2.EnrollReply:
+    certificate = parts.authority.issue(request, device, parts.file.certificate_days)
+    return edge_pb2.EnrollReply(
+        device=device,
+        certificate=certificate.public_bytes(serialization.Encoding.PEM),
+        authority=parts.authority.pem,
+        bundle_keys=[bytes.fromhex(key) for key in parts.file.bundle_keys],
+        gateway=at(parts.file.hosts[0], parts.file.port),
+    )
+
+
+def at(host: str, port: int) -> str:
+    """Return host:port, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _require_deadline(context: Any, most: float) -> None:
+    left = context.time_remaining()
+    if left is None or left > most + 1:
+        raise Malformed(f"deadline: expected one of at most {most:g} s, set a timeout")
+
+
+def _require_text(what: str, text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise Malformed(f"{what}: {len(text)} characters, at most {MAX_TEXT} allowed")
+
+
+def _require_capabilities(said: edge_pb2.Capabilities, most: int) -> None:
+    for name in ("runtime", "onnxruntime"):
+        _require_text(f"capabilities.{name}", getattr(said, name))
+    for name in ("engines", "bundles"):
+        held = getattr(said, name)
+        if len(held) > MAX_LIST:
+            raise Malformed(f"capabilities.{name}: {len(held)} of them, at most {MAX_LIST} allowed")
+        for text in held:
+            _require_text(f"capabilities.{name}", text)
+    if said.examples > most:
+        raise Malformed(f"capabilities.examples: {said.examples}, at most {most} allowed")
+
+
+def _window(retry: Retry) -> edge_pb2.RetryWindow:
+    return edge_pb2.RetryWindow(
+        min_seconds=retry.least, max_seconds=retry.most, reason=retry.reason
+    )
+
+
+def _reference(file: Served) -> edge_pb2.FileRef:
+    return edge_pb2.FileRef(name=file.name, sha256=bytes.fromhex(file.sha256), size=file.size)
+
+
+def _seed(seed: int, task: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{task}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

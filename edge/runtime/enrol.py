@@ -1,0 +1,268 @@
+"""A device enrols once: a one-time token and a certificate request against a certificate.
+
+The operator hands over one string, the invitation:
+
+    HOST:PORT/FINGERPRINT/SECRET
+    address of the gateway's enrolment port; SHA-256 (64 hex digits) of its certificate authority's
+    certificate in DER; the one-time token (URL-safe characters)
+
+`anabranch edge gateway token` prints it (`Invitation.text`). The gateway sends the authority's
+certificate in its TLS handshake, after its own. The device takes the one whose SHA-256 is the
+fingerprint, trusts nothing else for this call, and only then sends the secret: whoever sits in
+between learns nothing. With `--ca FILE` the certificate comes from the operator instead.
+
+The private key (ECDSA, P-256) is made here and never leaves the device. gateway.json is written
+last: a device is enrolled if it is there, so an interrupted enrolment leaves a device that is not.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from anabranch.edge.runtime.files import write_atomic
+from anabranch.edge.runtime.home import Home
+from anabranch.edge.runtime.trust import KEY_BYTES, add_trusted
+from anabranch.protocols.errors import DeviceError
+
+PRIVATE = 0o600
+HANDSHAKE_S = 20.0
+MAX_CHAIN = 8  # certificates of a handshake that are looked at
+_INVITATION = re.compile(
+    r"(?P<address>(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})"
+    r"/(?P<authority>[0-9a-f]{64})/(?P<secret>[A-Za-z0-9_-]{16,256})"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invitation:
+    """What one device needs to enrol. The secret is good for one device; treat it as a password."""
+
+    address: str  # host:port
+    authority: str  # SHA-256 of the certificate authority's certificate (DER), hex
+    secret: str
+
+    def text(self) -> str:
+        """Return the string for the operator: `parse` reads it back."""
+        return f"{self.address}/{self.authority}/{self.secret}"
+
+    @classmethod
+    def parse(cls, text: str) -> Invitation:
+        """Return the invitation in a string, or raise DeviceError. The secret is never repeated."""
+        match = _INVITATION.fullmatch(text.strip())
+        if match is None or not 0 < int(match["address"].rpartition(":")[2]) < 65536:
+            raise DeviceError(
+                "token: expected HOST:PORT/FINGERPRINT/SECRET as `anabranch edge gateway token` "
+                "prints it, in one piece"
+            )
+        return cls(**match.groupdict())
+
+
+class Enrolled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """gateway.json: the device's name, and where its gateway listens."""
+
+    device: str
+    address: str  # host:port
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return the SHA-256 of a certificate in DER, hex."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def read_enrolled(home: Home) -> Enrolled:
+    """Return what the device is enrolled as; raise DeviceError if it is not."""
+    try:
+        return msgspec.json.decode(home.gateway.read_bytes(), type=Enrolled)
+    except FileNotFoundError:
+        raise DeviceError(
+            f"{home.folder}: this device is not enrolled; run `anabranch edge enroll TOKEN`"
+        ) from None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DeviceError(f"{home.gateway}: {error}; enrol again with --force") from None
+
+
+def enrol(
+    home: Home, invitation: Invitation, *, authority: bytes | None = None, force: bool = False
+) -> Enrolled:
+    """Enrol the device and write its key, certificate, authority, bundle keys and gateway.json.
+
+    `authority`: the certificate authority as PEM, if the operator gave a file.
+
+    Guarantees: the secret is sent only to a gateway whose certificate the invitation's authority
+    signed; nothing is written unless the gateway's answer is a certificate of that authority for
+    this device's key; gateway.json is written last. Bundle keys are added to those trusted.
+
+    Raises DeviceError: enrolled already and not `force`; another authority; the gateway refuses
+    or cannot be reached; an answer that does not fit.
+    """
+    if home.gateway.exists() and not force:
+        device = read_enrolled(home).device
+        raise DeviceError(
+            f"{home.folder}: this device is enrolled as {device!r}; --force enrols it anew"
+        )
+    root = _pinned(invitation, authority)
+    key = ec.generate_private_key(ec.SECP256R1())
+    reply = _call(invitation, root, _request(key))
+    certificate = _checked(reply.certificate, key, root)
+    if _read(reply.authority, "the gateway's authority") != root:
+        raise DeviceError(
+            "the gateway's answer names another certificate authority than the token; ask its "
+            "operator for a new token"
+        )
+    if any(len(public) != KEY_BYTES for public in reply.bundle_keys):
+        raise DeviceError(f"the gateway's bundle keys: expected {KEY_BYTES} bytes each")
+    enrolled = Enrolled(device=reply.device, address=_address(reply.gateway, invitation.address))
+    _store(home, key, certificate, root, list(reply.bundle_keys), enrolled)
+    return enrolled
+
+
+def _store(
+    home: Home,
+    key: ec.EllipticCurvePrivateKey,
+    certificate: x509.Certificate,
+    root: x509.Certificate,
+    bundle_keys: list[bytes],
+    enrolled: Enrolled,
+) -> None:
+    """Write the identity; what was there stops counting first, gateway.json begins to last."""
+    home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.gateway.unlink(missing_ok=True)
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    try:
+        write_atomic(home.device_key, secret, PRIVATE)
+        write_atomic(home.certificate, certificate.public_bytes(pem))
+        write_atomic(home.authority, root.public_bytes(pem))
+        for public in bundle_keys:
+            add_trusted(home.trusted, public, enrolled.address)
+        write_atomic(home.gateway, msgspec.json.encode(enrolled))
+    except BaseException:
+        for path in (home.gateway, home.device_key, home.certificate, home.authority):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _pinned(invitation: Invitation, authority: bytes | None) -> x509.Certificate:
+    """Return the certificate authority that the invitation names."""
+    if authority is not None:
+        offered = [_read(authority, "the certificate authority's file")]
+        where = "the given file"
+    else:
+        offered = _chain(invitation.address)
+        where = f"what {invitation.address} sends"
+    for certificate in offered:
+        if fingerprint(certificate) == invitation.authority:
+            return certificate
+    raise DeviceError(
+        f"the token names the certificate authority {invitation.authority[:16]}…, which is not in "
+        f"{where}: this may not be the gateway; nothing was sent. Ask its operator for a new "
+        "token, or for the authority's file (--ca)"
+    )
+
+
+def _chain(address: str) -> list[x509.Certificate]:
+    """Return the certificates that a server shows, unverified: the caller compares digests."""
+    host, _, port = address.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), HANDSHAKE_S) as raw,
+            context.wrap_socket(raw, server_hostname=host.strip("[]")) as tls,
+        ):
+            return [x509.load_der_x509_certificate(der) for der in _shown(tls)[:MAX_CHAIN]]
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{address}: no TLS connection to the gateway ({error})") from None
+
+
+def _shown(tls: ssl.SSLSocket) -> list[bytes]:
+    """Return the peer's chain as DER. Public from Python 3.13; before, of the inner object."""
+    public: Any = getattr(tls, "get_unverified_chain", None)
+    if public is not None:
+        return list(public())
+    inner: Any = tls._sslobj  # type: ignore[attr-defined]
+    return [ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in inner.get_unverified_chain()]
+
+
+def _request(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return a certificate request (PKCS #10) as PEM; the gateway chooses the name."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _call(invitation: Invitation, root: x509.Certificate, request: bytes) -> Any:
+    """Return the gateway's EnrollReply."""
+    from anabranch.edge.generated import edge_pb2
+    from anabranch.edge.runtime.transport import Gateway, tls_channel
+
+    pem = root.public_bytes(serialization.Encoding.PEM)
+    about = f"{platform.system()} {platform.machine()} Python {platform.python_version()}"
+    message = edge_pb2.EnrollRequest(
+        token=invitation.secret, certificate_request=request, platform=about
+    )
+    with Gateway(tls_channel(invitation.address, pem)) as gateway:
+        return gateway.enroll(message)
+
+
+def _read(pem: bytes, what: str) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        raise DeviceError(f"{what}: expected a certificate as PEM") from None
+
+
+def _checked(
+    pem: bytes, key: ec.EllipticCurvePrivateKey, root: x509.Certificate
+) -> x509.Certificate:
+    """Return the issued certificate if it is for this key, by this authority, and valid now."""
+    certificate = _read(pem, "the certificate that the gateway issued")
+    if certificate.public_key() != key.public_key():
+        raise DeviceError("the certificate that the gateway issued is for another key")
+    try:
+        certificate.verify_directly_issued_by(root)
+    except (InvalidSignature, ValueError, TypeError):
+        raise DeviceError(
+            "the certificate that the gateway issued is not signed by its certificate authority"
+        ) from None
+    if not certificate.not_valid_before_utc <= datetime.now(UTC) < certificate.not_valid_after_utc:
+        raise DeviceError(
+            f"the certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} to "
+            f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; set this device's clock"
+        )
+    return certificate
+
+
+def _address(answered: str, enrolment: str) -> str:
+    """Return where the gateway listens for devices: host:port, or the port beside enrolment's."""
+    host, _, port = answered.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise DeviceError(f"the gateway's address: expected host:port, got {answered[:80]!r}")
+    return answered if host else f"{enrolment.rpartition(':')[0]}:{port}"
+
+
+def read_authority(path: Path) -> bytes:
+    """Return the operator's file, or raise DeviceError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DeviceError(f"{path}: {error.strerror or error}") from None
+
+
+def digest_of_pem(pem: bytes) -> str:
+    """Return the fingerprint of the certificate in PEM: what an invitation holds."""
+    return fingerprint(_read(pem, "certificate"))

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from anabranch.edge.export.codes import (
+    block_for,
+    dequantize_blocks,
+    dequantize_channels,
+    pack,
+    quantize_blocks,
+    quantize_channels,
+    unpack,
+)
+
+values = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
+matrices = hnp.arrays(
+    np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=70), elements=values
+)
+codes = hnp.arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 6), st.integers(1, 6).map(lambda n: 2 * n)),
+    elements=st.integers(0, 15),
+)
+
+
+@given(codes)
+def test_unpack_undoes_pack(array: np.ndarray) -> None:
+    packed = pack(array)
+    assert packed.shape == (array.shape[0], array.shape[1] // 2)
+    assert np.array_equal(unpack(packed), array)
+
+
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6))))
+def test_every_byte_is_two_codes(array: np.ndarray) -> None:
+    assert np.array_equal(pack(unpack(array)), array)
+
+
+def test_the_first_code_is_in_the_low_half_of_a_byte() -> None:
+    assert pack(np.array([[1, 2, 15, 0]], np.uint8)).tolist() == [[0x21, 0x0F]]
+
+
+@pytest.mark.parametrize("bad", [[[1, 2, 3]], [[1, 16]]])
+def test_odd_numbers_of_codes_and_larger_ones_are_refused(bad: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="even number of codes 0 to 15"):
+        pack(np.array(bad, np.uint8))
+
+
+@given(matrices, st.sampled_from([0, 1]), st.sampled_from([63, 127]))
+def test_channels_are_off_by_half_a_step_at_most(
+    weights: np.ndarray, axis: int, limit: int
+) -> None:
+    q, scales = quantize_channels(weights, axis, limit)
+    assert q.dtype == np.int8
+    assert np.abs(q.astype(int)).max() <= limit
+    assert scales.shape == (weights.shape[axis],)
+    assert (scales > 0).all()
+    off = np.abs(dequantize_channels(q, scales, axis) - weights)
+    assert (off <= np.expand_dims(scales, 1 - axis) * 0.5001).all()
+
+
+@given(matrices, st.sampled_from([16, 32, 128]))
+def test_blocks_are_no_worse_than_rounding_to_the_largest_value(
+    weights: np.ndarray, block: int
+) -> None:
+    packed, scales = quantize_blocks(weights, block)
+    rows, columns = weights.shape
+    count = -(-columns // block)
+    assert packed.shape == (rows, count * block // 2)
+    assert scales.shape == (rows, count)
+    got = dequantize_blocks(packed, scales, columns)
+    assert got.shape == weights.shape
+    for b in range(count):
+        part = weights[:, b * block : (b + 1) * block]
+        off = got[:, b * block : (b + 1) * block] - part
+        largest = np.take_along_axis(part, np.abs(part).argmax(1)[:, None], 1)
+        step = np.where(largest, largest / np.float32(-8), 1)
+        plain = np.rint(part / step).clip(-8, 7) * step - part
+        assert (np.square(off).sum(1) <= np.square(plain).sum(1) * 1.0001 + 1e-9).all()
+
+
+def test_shrinking_the_scale_pays_off_for_a_block_with_one_outlier() -> None:
+    weights = np.full((1, 32), 0.45, np.float32)
+    weights[0, 0] = 5.0
+    got = dequantize_blocks(*quantize_blocks(weights, 32), 32)
+    step = np.float32(5.0) / 8
+    plain = np.rint(weights / -step).clip(-8, 7) * -step
+    assert np.square(got - weights).sum() < np.square(plain - weights).sum()
+
+
+def test_the_largest_value_of_a_lone_block_is_exact_and_zeros_stay_zero() -> None:
+    weights = np.zeros((3, 20), np.float32)
+    weights[1, 3], weights[2, 19] = -2.5, 3.25
+    packed, scales = quantize_blocks(weights, 16)
+    assert np.array_equal(dequantize_blocks(packed, scales, 20), weights)
+    assert scales[0].tolist() == [1, 1]
+    assert unpack(packed)[:, 20:].tolist() == [[8] * 12] * 3  # what fills a block up is zero
+
+
+def test_rows_beyond_one_slice_are_coded_alike() -> None:
+    rng = np.random.default_rng(0)
+    weights = np.tile(rng.normal(size=(10, 16)).astype(np.float32), (500, 1))  # 5000 rows
+    packed, scales = quantize_blocks(weights, 16)
+    assert np.array_equal(packed, np.tile(packed[:10], (500, 1)))
+    assert np.array_equal(scales, np.tile(scales[:10], (500, 1)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "block"), [(1, 16), (16, 16), (17, 32), (24, 32), (100, 128), (384, 128)]
+)
+def test_block_is_a_power_of_two_that_covers_short_rows(columns: int, block: int) -> None:
+    assert block_for(columns, 128) == block
