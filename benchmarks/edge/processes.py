@@ -15,8 +15,6 @@ from benchmarks.harness import ROOT
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",  # glibc's spare arenas would count as somebody's memory
-    "MALLOC_MMAP_THRESHOLD_": "262144",
     "HF_HUB_OFFLINE": "1",
 }
 

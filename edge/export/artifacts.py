@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import Tensor, nn
 
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.lora import merge, unmerge
@@ -42,7 +42,7 @@ from anabranch.edge.export.artifacts_surgery import (
     rename,
     share_transposed,
 )
-from anabranch.edge.export.onnx import _probe, _quiet, input_names
+from anabranch.edge.export.onnx import _Logits, _probe, _quiet, input_names
 from anabranch.edge.runtime.bundle_manifest import (
     CHECKPOINT,
     EVAL_MODEL,
@@ -77,11 +77,13 @@ def artifacts(
     inputs    the model's (onnx.input_names), then labels (batch,) int64
     outputs   loss () = mean of the batch, logits (batch, labels)
 
-    The optimizer is AdamW with the weight decay and the largest gradient norm of `training`; its
-    learning rate is an input of its graph, one for all tensors. None stands for no decay and no
-    clipping. The same arguments give the same bytes. Raises IncompatibleAdapter for an adapter of
-    another spec, and ReleaseError when a trainable tensor is not in the graph or the base has an
-    operator without a gradient.
+    The optimizer is AdamW, whatever `training` takes elsewhere, with its weight decay and largest
+    gradient norm; the learning rate is an input of its graph, one for all tensors. None stands
+    for no decay and no clipping. The same arguments give the same bytes.
+
+    Raises IncompatibleAdapter for an adapter of another spec, and ReleaseError when a trainable
+    tensor is not in the graph or the base has an operator that cannot be written, or not
+    differentiated.
     """
     require_same_spec(classifier.spec, adapter.spec)
     model = _forward(classifier)
@@ -114,19 +116,6 @@ def write_artifacts(
     write_atomic(folder / CHECKPOINT, made.checkpoint)
 
 
-class _Logits(nn.Module):
-    """What is traced: int64 mask in, logits out. `training` is set on this module alone."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.eval()
-        self.training = True
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.classifier.logits(x, None if mask is None else mask.bool())
-
-
 def _forward(classifier: Classifier) -> onnx.ModelProto:
     """Return the forward graph, adapter beside the base, no constant folded."""
     names = input_names(classifier)
@@ -136,10 +125,12 @@ def _forward(classifier: Classifier) -> onnx.ModelProto:
     batch = tuple(x.to(classifier.device) for x in _probe(classifier))
     target = io.BytesIO()
     with _unmerged(classifier), _evaluating(classifier), _quiet(), torch.no_grad():
-        torch.onnx.export(
-            _Logits(classifier),
+        traced = _Logits(classifier).eval()
+        traced.training = True  # of this module alone: see above
+        _export(
+            traced,
             batch,
-            target,  # type: ignore[arg-type]
+            target,
             input_names=list(names),
             output_names=["logits"],
             dynamic_axes=axes,
@@ -149,6 +140,16 @@ def _forward(classifier: Classifier) -> onnx.ModelProto:
             dynamo=False,
         )
     return onnx.load_model_from_string(target.getvalue())
+
+
+def _export(*args: Any, **options: Any) -> None:
+    """Call torch's exporter; raise ReleaseError for an operator that it cannot write."""
+    try:
+        torch.onnx.export(*args, **options)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ReleaseError(
+            f"torch cannot write this base for onnxruntime-training: {str(error)[:300]}"
+        ) from error
 
 
 def _load(model: onnx.ModelProto, adapter: Adapter) -> None:

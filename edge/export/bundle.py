@@ -265,10 +265,12 @@ def _with_memory(stage: Path, manifest: Manifest, request: Request) -> Manifest:
         sorted({(b, max(1, longest // cut)) for b in (1, MICRO_BATCH) for cut in (4, 1)})
     )
     graphs = {}
-    for name, graph in manifest.graphs.items():
-        role, _, precision = name.partition(".")
-        job = Job(folder=str(stage), role=role, precision=precision, points=points, repeats=2)
-        graphs[name] = msgspec.structs.replace(graph, memory=memory_model(measure(job)))
+    for precision in request.precisions:
+        for role in ROLES:
+            job = Job(folder=str(stage), role=role, precision=precision, points=points, repeats=2)
+            graph = manifest.graphs[key(role, precision)]
+            memory = memory_model(measure(job))
+            graphs[key(role, precision)] = msgspec.structs.replace(graph, memory=memory)
     room = max(graph.memory.needed(MICRO_BATCH, longest) for graph in graphs.values())
     limits = Limits(
         memory_bytes=request.memory_bytes or room, max_records=MAX_RECORDS, max_tokens=longest

@@ -5,12 +5,13 @@ loss, logits and the adapter's gradients out.
     plain:    loss = Σ_i w_i ℓ_i           <name>.grad = ∂loss/∂<name>
     clipped:  g_i = ∂ℓ_i over the adapter  <name>.grad = Σ_i w_i · min(1, C / ‖g_i‖₂) · g_i
 
-    form     inputs, in order                                            outputs, in order
-    plain    model inputs, labels, weights, adapter tensors              loss, losses, logits, grads
-    clipped  model inputs, labels, weights, clipping_norm, adapter       losses, logits, norms, grads
+    form     inputs, in order                                          outputs, in order
+    plain    model inputs, labels, weights, adapter tensors            loss, losses, logits, …
+    clipped  the same with clipping_norm () before the adapter         losses, logits, norms, …
 
+and then "<name>.grad" for every adapter tensor, in the spec's order, as the inputs are.
 Model inputs are those of the inference graph (onnx.py). Batch and tokens are free. Only
-operators of ai.onnx, opset 18, IR 10: every onnxruntime since 1.18 runs it, for training too.
+operators of ai.onnx, opset 18, IR 10: run by stock onnxruntime, 1.19 and later.
 Frozen weights are named by content, so graphs over one base can share them in one file.
 """
 
@@ -23,15 +24,17 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from anabranch.client.tuning.classifier import Classifier
+from anabranch.edge.export import joint_math, joint_matrices, joint_shapes
 from anabranch.edge.export.joint_check import check_against_torch
 from anabranch.edge.export.joint_graph import Graph
-from anabranch.edge.export.joint_ops import Lowering, numpy_dtype, sizes_of
+from anabranch.edge.export.joint_lowering import Lowering, numpy_dtype, sizes_of
 from anabranch.edge.export.joint_trace import LABELS, Step, trace_step
 from anabranch.protocols.adapter import Adapter
 
 __all__ = ["check_against_torch", "infer_graph", "lower", "step_graph"]
 
 LOGITS = "logits"
+RULES = joint_shapes.RULES | joint_math.RULES | joint_matrices.RULES
 
 
 def step_graph(classifier: Classifier, *, clipped: bool = False) -> onnx.ModelProto:
@@ -47,7 +50,7 @@ def step_graph(classifier: Classifier, *, clipped: bool = False) -> onnx.ModelPr
 def lower(step: Step) -> onnx.ModelProto:
     """Return a traced step as an ONNX model."""
     graph = Graph()
-    low = Lowering(graph, step.graph)
+    low = Lowering(graph, step.graph, RULES)
     names = iter(step.inputs)
     results: list[str] = []
     for node in step.graph.graph.nodes:
@@ -68,7 +71,9 @@ def infer_graph(step: onnx.ModelProto, adapter: Adapter) -> onnx.ModelProto:
     feeds replaces them. Raises ValueError for a clipped step or another adapter.
     """
     inputs = {i.name: i for i in step.graph.input}
-    shapes = {n: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for n, i in inputs.items()}
+    shapes = {
+        n: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for n, i in inputs.items()
+    }
     if step.graph.output[0].name != "loss":
         raise ValueError("expected a plain step, whose first output is loss; got a clipped one")
     for name, shape in adapter.spec.tensors:

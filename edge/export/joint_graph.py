@@ -13,11 +13,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-import sympy
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -25,8 +24,9 @@ from anabranch.protocols.errors import ModelError
 
 OPSET = 18
 IR_VERSION = 10
+LARGEST = 2**31 - 2**26  # of a protobuf message, less 64 MiB for nodes
 
-Size = int | sympy.Expr
+Size: TypeAlias = Any  # an int, or a sympy expression over the free sizes
 Sizes = tuple[Size, ...]
 Attributes = tuple[tuple[str, Any], ...]
 
@@ -62,14 +62,14 @@ class Graph:
         self.producers: dict[str, Op] = {}  # of the first value of each node
         self._nodes: list[tuple[Op, tuple[str, ...]]] = []
         self._known: dict[Op, tuple[str, ...]] = {}
-        self._sizes: dict[sympy.Expr, str] = {}  # where a free size can be read
+        self._sizes: dict[Size, str] = {}  # where a free size can be read
 
     def input(self, name: str, shape: Sizes, dtype: Any) -> str:
         """Declare an input; its free sizes can be read from it."""
         self.inputs.append(name)
         self.shapes[name], self.dtypes[name] = shape, np.dtype(dtype)
         for axis, size in enumerate(shape):
-            if isinstance(size, sympy.Symbol) and size not in self._sizes:
+            if not isinstance(size, int) and size.is_Symbol and size not in self._sizes:
                 whole = self.emit("Shape", (name,), (1,), np.int64, start=axis, end=axis + 1)
                 self._sizes[size] = whole
         return name
@@ -130,24 +130,29 @@ class Graph:
 
     def _size(self, size: Size) -> str:
         """Return a size as an int64 vector of one element."""
-        if isinstance(size, int | sympy.Integer):
+        if isinstance(size, int) or size.is_Integer:
             return self.constant([int(size)], np.int64)
         if size in self._sizes:
             return self._sizes[size]
-        kinds = {sympy.Mul: "Mul", sympy.Add: "Add"}
-        kind = kinds.get(size.func)
-        if kind is None:
+        if not (size.is_Mul or size.is_Add):
             raise ModelError(f"a size of the step is {size}, which cannot be written in ONNX")
         first, *rest = (self._size(part) for part in size.args)
         for part in rest:
-            first = self.emit(kind, (first, part), (1,), np.int64)
+            first = self.emit("Mul" if size.is_Mul else "Add", (first, part), (1,), np.int64)
         return first
 
     def model(self, outputs: Mapping[str, str], symbols: Mapping[Any, str]) -> onnx.ModelProto:
-        """Return the model that computes `outputs` (name -> value); what they do not need is left out.
+        """Return the model that computes `outputs` (name -> value) and nothing else.
 
-        `symbols` names the free sizes in the declared shapes.
+        `symbols` names the free sizes in the declared shapes. Raises ModelError when the
+        constants do not fit into one protobuf message (2 GiB).
         """
+        size = sum(a.nbytes for a in self.constants.values())
+        if size > LARGEST:
+            raise ModelError(
+                f"the base's weights take {size:,} bytes, an ONNX file holds at most {LARGEST:,}: "
+                f"choose a smaller base for devices"
+            )
         renamed = self._rename(outputs)
         needed = set(outputs.values())
         kept = []

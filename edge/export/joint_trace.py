@@ -7,7 +7,6 @@ torch.autograd.grad inside, so autograd itself writes the backward half. What it
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.tables import TableClassifier
 from anabranch.client.tuning.text import TextClassifier
 from anabranch.client.tuning.vision import ImageClassifier
+from anabranch.edge.export.decompositions import Rewritten, convolution_backward
 from anabranch.edge.export.onnx import input_names
 from anabranch.edge.export.per_record import PerRecord, require_per_record
 from anabranch.protocols.errors import ModelError
@@ -89,32 +88,13 @@ class _Logits(nn.Module):
         return self.classifier.logits(x, None if mask is None else mask.bool())
 
 
-class _Rewritten(TorchFunctionMode):
-    """While active, functions whose gradient writes into tensors in place are computed otherwise."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.normalize:
-            return _normalize(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
-    """Return x / max(‖x‖₂, eps) along `dim`."""
-    if p != 2.0:
-        raise ModelError(f"the base normalizes by an L{p:g} norm; only L2 can be exported")
-    squares = (x * x).sum(dim, keepdim=True).clamp(min=eps * eps)
-    return x * squares.rsqrt()
-
-
 def _plain_step(classifier: Classifier) -> Callable[..., tuple[Tensor, ...]]:
     count = len(input_names(classifier))
 
     def step(*args: Tensor) -> tuple[Tensor, ...]:
         inputs, (labels, weights), rest = args[:count], args[count : count + 2], args[count + 2 :]
         tensors = [t.detach().requires_grad_(True) for t in rest]
-        with _Rewritten():
+        with Rewritten():
             logits = logits_with(classifier, tensors, inputs)
         losses = cross_entropy(logits, labels)
         loss = (losses * weights).sum()
@@ -134,12 +114,10 @@ def _clipped_step(classifier: Classifier) -> Callable[..., tuple[Tensor, ...]]:
             t.detach().unsqueeze(0).expand(rows, *t.shape).requires_grad_(True)
             for t in args[count + 3 :]
         ]
-        with _Rewritten(), PerRecord():
+        with Rewritten(), PerRecord():
             logits = logits_with(classifier, tensors, inputs)
         losses = cross_entropy(logits, labels)
-        own = torch.autograd.grad(
-            losses.sum(), tensors, allow_unused=True, materialize_grads=True
-        )
+        own = torch.autograd.grad(losses.sum(), tensors, allow_unused=True, materialize_grads=True)
         squares = [(g * g).flatten(1).sum(1) for g in own]
         norms = torch.stack(squares, 0).sum(0).sqrt()
         factors = (bound / (norms + NO_NORM)).clamp(max=1.0) * weights
@@ -196,7 +174,9 @@ def _trace(
     fakes: list[Tensor] = []
     sizes: dict[Any, str] = {}
     for index, (example, free) in enumerate(examples):
-        kinds = [DimDynamic.DUCK if a < len(free) else DimDynamic.STATIC for a in range(example.dim())]
+        kinds = [
+            DimDynamic.DUCK if a < len(free) else DimDynamic.STATIC for a in range(example.dim())
+        ]
         context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
         fake = mode.from_tensor(
             example, symbolic_context=context, source=ConstantSource(f"input{index}")
@@ -222,7 +202,7 @@ def _trace(
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return what is broken down into simpler operators; the rest joint_ops writes itself."""
+    """Return what is broken down into simpler operators; the rest has a rule of its own."""
     from torch._decomp import core_aten_decompositions, get_decompositions
 
     aten = torch.ops.aten
@@ -243,6 +223,15 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
             aten.expand_as,
         ]
     )
-    whole = (aten.addmm, aten.native_layer_norm, aten.native_layer_norm_backward, aten._softmax,
-             aten._softmax_backward_data, aten.gelu, aten.gelu_backward, aten.embedding_dense_backward)
+    table[aten.convolution_backward.default] = convolution_backward
+    whole = (
+        aten.addmm,
+        aten.native_layer_norm,
+        aten.native_layer_norm_backward,
+        aten._softmax,
+        aten._softmax_backward_data,
+        aten.gelu,
+        aten.gelu_backward,
+        aten.embedding_dense_backward,
+    )
     return {op: f for op, f in table.items() if getattr(op, "overloadpacket", op) not in whole}

@@ -13,7 +13,6 @@ axis.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,11 @@ class PerRecord(TorchFunctionMode):
     """While active, linear, layer_norm, embedding and conv2d take weights per record."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         own = _OWN.get(func)
         if own is not None:
@@ -47,9 +50,7 @@ def require_per_record(classifier: Classifier) -> None:
         owner = name.rpartition(".")[0]
         root = classifier if owner == "head" else classifier.base
         module = root.get_submodule(owner)
-        if not isinstance(module, LAYERS) or (
-            isinstance(module, nn.Conv2d) and not _tiles(module)
-        ):
+        if not isinstance(module, LAYERS) or (isinstance(module, nn.Conv2d) and not _tiles(module)):
             raise ModelError(
                 f"{owner}: gradients per record are not known for {type(module).__name__}; train "
                 f"Linear, LayerNorm, Embedding or Conv2d layers (stride = kernel) on devices, or "
@@ -68,10 +69,7 @@ def _linear(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         y: Tensor = func(x, weight, bias)
         return y
     rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # (B, N, in)
-    if weight.dim() == 2:
-        y = rows @ weight.T
-    else:
-        y = torch.bmm(rows, weight.transpose(1, 2))
+    y = rows @ weight.T if weight.dim() == 2 else torch.bmm(rows, weight.transpose(1, 2))
     if bias is not None:
         y = y + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
     return y.squeeze(1) if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[-2])
@@ -98,16 +96,25 @@ def _layer_norm(
     return y
 
 
-def _embedding(func: Any, ids: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+def _embedding(
+    func: Any,
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    *rest: Any,
+    **options: Any,
+) -> Tensor:
     y: Tensor
     if weight.dim() == 2:
-        y = func(ids, weight, *rest, **options)
+        y = func(ids, weight, padding_idx, *rest, **options)
         return y
     count = weight.shape[1]
     starts = torch.arange(weight.shape[0]) * count  # record i's table begins at row i · count
     rows = ids + starts.reshape(-1, *[1] * (ids.dim() - 1))
     y = functional.embedding(rows, weight.flatten(0, 1))
-    return y
+    if padding_idx is None:
+        return y
+    return torch.where((ids == padding_idx).unsqueeze(-1), y.detach(), y)  # it has no gradient
 
 
 def _conv2d(

@@ -44,6 +44,8 @@ class Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
         self._taken = {name for node in graph.node for name in (*node.input, *node.output)}
+        self._minus: dict[str, str] = {}  # x -> (-1), computed from its shape
+        self._waiting: dict[tuple[str, tuple[int, ...]], str] = {}  # x, shape -> that shape
         self._eight: dict[str, tuple[str, str, str]] = {}  # x -> its codes, scale and zero point
 
     # Weights
@@ -58,7 +60,7 @@ class Writer:
         values = np.ascontiguousarray(weight.values.T if turned else weight.values)
         codes, scales = quantize_channels(values, 1, PRODUCT_LIMIT)
         zeros = self._array(np.zeros(len(scales), np.int8)) if step else ""
-        names = self._array(codes), self._array(scales)
+        names = self._array(codes), self._array(scales[None] if step else scales)
         return Codes(len(codes), codes.shape[1], turned, *names, zeros=zeros)
 
     def blocks(self, weight: Weight, block: int, *, step: bool) -> Codes:
@@ -72,33 +74,42 @@ class Writer:
         if weight.lookups:
             names = self._array(packed), self._array(scales)
             return Codes(rows, columns, False, *names, block=block)
+        scale = self._array(scales.reshape(-1))
         if not step:
-            shaped = packed.reshape(rows, count, block // 2)
-            names = self._array(shaped), self._array(scales.reshape(-1))
-            return Codes(rows, columns, turned, *names, block=block)
+            code = self._array(packed.reshape(rows, count, block // 2))
+            return Codes(rows, columns, turned, code, scale, block=block)
         zeros = np.full((rows * count + 1) // 2 * 2, ZERO, np.uint8)
         zeros[rows * count :] = 0
         zero = self._add(packed_tensor(pack(zeros), (rows, count)))
-        names = self._add(packed_tensor(packed, (rows, count * block))), self._array(scales)
-        return Codes(rows, columns, turned, *names, zeros=zero, block=block)
+        code = self._add(packed_tensor(packed, (rows, count * block)))
+        return Codes(rows, columns, turned, code, scale, zeros=zero, block=block)
 
     # Products
 
     def dequantized(self, node: onnx.NodeProto, codes: Codes, *, transposed: bool) -> None:
-        """Multiply by weights that are dequantized for this node alone."""
-        at = node.output[0]
-        about: dict[str, Any] = {"axis": 1}
+        """Multiply by weights that are dequantized for this node alone, in float32.
+
+        onnxruntime runs nodes without inputs long before they are needed, which would keep the
+        float copies of all weights, and turns constants behind a DequantizeLinear into
+        MatMulNBits (since 1.31, where it knows the shapes), which quantizes x. So the scales are
+        made to wait for x.
+        """
+        at, x = node.output[0], node.input[0]
+        columns = codes.columns
+        grid = (codes.rows, -(-columns // codes.block)) if codes.block else (columns,)
+        scales = self._once_there_is(x, codes.scales, grid)
+        about: dict[str, Any] = {"axis": -1}
         if codes.block:
             about["block_size"] = codes.block
-        operands = [codes.codes, codes.scales, codes.zeros]
+        operands = [codes.codes, scales, codes.zeros]
         weight = self._node(at, "DequantizeLinear", operands, **about)
         if codes.block and codes.columns % codes.block:
             ends = [self._ints(0), self._ints(codes.columns), self._ints(1)]
             weight = self._node(at, "Slice", [weight, *ends])
         turn = transposed != codes.turned
-        x, *bias = node.input[0], *node.input[2:]
         if node.op_type == "Gemm":
-            self._node(at, "Gemm", [x, weight, *bias], out=at, transB=int(turn))
+            operands = [x, weight, *node.input[2:]]
+            self._node(at, "Gemm", operands, out=at, transB=int(turn))
         elif not turn:
             self._node(at, "MatMul", [x, weight], out=at)
         else:  # Gemm reads the weight as it lies, where Transpose would make a copy
@@ -108,6 +119,20 @@ class Writer:
             batch = self._node(at, "Shape", [x], end=-1)
             shape = self._node(at, "Concat", [batch, self._ints(outputs)], axis=0)
             self._node(at, "Reshape", [rows, shape], out=at)
+
+    def _once_there_is(self, x: str, scales: str, shape: tuple[int, ...]) -> str:
+        """Return scales that cannot be there before x is: reshaped to max(shape, min(B, -1)).
+
+        B is the first axis of x. Constants have another number of axes than `shape`, and the
+        shape is no Concat: else onnxruntime's optimizer would see through it.
+        """
+        if (x, shape) not in self._waiting:
+            if x not in self._minus:
+                first = self._node(x, "Shape", [x], start=0, end=1)
+                self._minus[x] = self._node(x, "Min", [first, self._ints(-1)])
+            operands = [self._minus[x], self._ints(*shape)]
+            self._waiting[x, shape] = self._node(x, "Max", operands)
+        return self._node(x, "Reshape", [scales, self._waiting[x, shape]])
 
     def integer(self, node: onnx.NodeProto, codes: Codes) -> None:
         """Multiply 8-bit codes of x, from its own range, by the weight's."""

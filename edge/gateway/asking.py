@@ -27,7 +27,8 @@ from anabranch.protocols.errors import DataError, PrivacyError, ProtocolError
 from anabranch.protocols.messages import Assignment, decode, encode
 from anabranch.protocols.spend import Spend
 
-MARGIN_S, MARGIN = 60.0, 0.1  # a round ends so long before the coordinator's deadline, at most
+MARGIN = 0.1  # share of the coordinator's deadline that is left for ending a round and sending
+LEAST_MARGIN_S, MOST_MARGIN_S = 2.0, 60.0
 RECORD, CLIENT = "record", "client"  # units of privacy in the table of spends
 SEEN_DAYS = 30  # devices that have not called for so long are not counted on
 
@@ -80,9 +81,11 @@ class Opener:
         that devices do not have), DataError (too few devices), ProtocolError (the round is
         there with another content, or its run with another configuration).
         """
+        text = encode(assignment)
+        assignment = decode(text, Assignment)  # 600 and 600.0 are one configuration
         config = assignment.config
         require_linear(config)
-        frame, text = wire.encode(adapter), encode(assignment)
+        frame = wire.encode(adapter)
         digest = hashlib.sha256(text + hashlib.sha256(frame).digest()).digest()
         found = self._found(assignment, digest)
         if found is not None:
@@ -229,7 +232,8 @@ class Opener:
 
 def collecting_s(deadline_s: float) -> float:
     """Return how long a round collects, of the coordinator's deadline."""
-    return deadline_s - min(MARGIN_S, MARGIN * deadline_s)
+    margin = min(max(MARGIN * deadline_s, LEAST_MARGIN_S), MOST_MARGIN_S)
+    return deadline_s - min(margin, deadline_s / 2)
 
 
 def client_spend(plan: ClientPrivacy) -> Spend:

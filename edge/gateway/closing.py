@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Closer:
     file: GatewayFile
     store: Store
     spool: Spool
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
     def recover(self) -> int:
         """Remove what a crash left behind: uploads of ended rounds; return how many files."""
@@ -54,11 +56,12 @@ class Closer:
     def due(self, now: float | None = None) -> list[int]:
         """End every round whose time has come, or that a crash left half ended; return them."""
         now = time.time() if now is None else now
-        ended = []
-        for row in self.store.rows("SELECT * FROM rounds WHERE state IN ('open', 'closing')"):
-            if row["state"] == "closing" or now >= row["deadline"] or self._enough(row):
-                self.close(row)
-                ended.append(int(row["id"]))
+        ended, query = [], "SELECT * FROM rounds WHERE state IN ('open', 'closing')"
+        with self.turn:
+            for row in self.store.rows(query):
+                if row["state"] == "closing" or now >= row["deadline"] or self._enough(row):
+                    self.close(row)
+                    ended.append(int(row["id"]))
         return ended
 
     def close(self, row: Row) -> None:

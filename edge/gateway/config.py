@@ -39,7 +39,7 @@ from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.tables import Count, Fraction, Name, Positive
 
 GATEWAY_FILE = "gateway.toml"
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Host = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}\Z")]
 HexKey = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Delta = Annotated[float, msgspec.Meta(gt=0, lt=0.1)]

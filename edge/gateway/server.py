@@ -27,8 +27,9 @@ from anabranch.edge.gateway.closing import Closer
 from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
 from anabranch.edge.gateway.limits import Quotas
 from anabranch.edge.gateway.published import Shelf
+from anabranch.edge.gateway.replies import at
 from anabranch.edge.gateway.rounds import Rounds
-from anabranch.edge.gateway.service import Door, Parts, Service, at
+from anabranch.edge.gateway.service import Door, Parts, Service
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Store
 from anabranch.edge.generated import edge_pb2, edge_pb2_grpc

@@ -9,7 +9,6 @@ tokens and certificates are never logged.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 import zlib
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import grpc
 import msgspec
 from cryptography.hazmat.primitives import serialization
 
@@ -31,8 +29,23 @@ from anabranch.edge.gateway.authority import (
 )
 from anabranch.edge.gateway.config import GatewayFile
 from anabranch.edge.gateway.limits import EVERYBODY, Quotas
-from anabranch.edge.gateway.published import Served, Shelf
-from anabranch.edge.gateway.refusals import Denied, Exhausted, Malformed, Refusal
+from anabranch.edge.gateway.published import Shelf
+from anabranch.edge.gateway.refusals import Denied, Exhausted, Malformed
+from anabranch.edge.gateway.replies import (
+    MAX_TEXT,
+    Failed,
+    answered,
+    at,
+    boundary,
+    end,
+    reference,
+    require_capabilities,
+    require_deadline,
+    require_text,
+    seed_of,
+    until_broken,
+    window,
+)
 from anabranch.edge.gateway.rounds import Rounds
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Enrolment, Store
@@ -42,8 +55,6 @@ from anabranch.edge.runtime.bundle_manifest import MANIFEST, SIGNATURE
 from anabranch.protocols.errors import AnabranchError
 from anabranch.protocols.spec import shown
 
-MAX_TEXT = 256  # characters of a string that a device sends
-MAX_LIST = 64
 COUNT_EVERY = 16 << 20  # bytes of a download between two notes of them
 
 log = logging.getLogger(__name__)
@@ -73,15 +84,15 @@ class Door:
         """Exchange a token and a certificate request for a certificate."""
 
         def enroll() -> edge_pb2.EnrollReply:
-            _require_deadline(context, self._parts.file.limits.call_s)
+            require_deadline(context, self._parts.file.limits.call_s)
             with self._parts.quotas.call(EVERYBODY):
                 return self._enroll(request)
 
-        return _answered("Enroll", context, enroll)
+        return answered("Enroll", context, enroll)
 
     def _enroll(self, request: edge_pb2.EnrollRequest) -> edge_pb2.EnrollReply:
-        _require_text("token", request.token)
-        _require_text("platform", request.platform)
+        require_text("token", request.token)
+        require_text("platform", request.platform)
         key = key_digest(request_key(request.certificate_request))
         wanted = Enrolment(new_device(), key, shown(request.platform, MAX_TEXT))
         device = self._parts.store.enrol(token_hash(request.token), wanted, time.time())
@@ -89,7 +100,7 @@ class Door:
         return _certified(self._parts, device, request.certificate_request)
 
 
-class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
+class Service(edge_pb2_grpc.EdgeGatewayServicer):
     """The calls that need a certificate."""
 
     def __init__(self, parts: Parts) -> None:
@@ -112,8 +123,8 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
 
         def check_in(device: str) -> edge_pb2.CheckInReply:
             said = request.capabilities
-            _require_capabilities(said, self._parts.file.limits.max_examples)
-            _require_text("resume_task", request.resume_task)
+            require_capabilities(said, self._parts.file.limits.max_examples)
+            require_text("resume_task", request.resume_task)
             got = self._parts.rounds.check_in(
                 device,
                 examples=said.examples,
@@ -121,7 +132,7 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
                 resume=request.resume_task,
             )
             if isinstance(got, Retry):
-                return edge_pb2.CheckInReply(retry=_window(got))
+                return edge_pb2.CheckInReply(retry=window(got))
             return edge_pb2.CheckInReply(task=self._task(got))
 
         return self._unary("CheckIn", context, check_in)
@@ -129,12 +140,10 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
     def Fetch(self, request: edge_pb2.FetchRequest, context: Any) -> Iterator[edge_pb2.Chunk]:
         """Yield a file from an offset; one chunk is held at a time."""
         try:
-            with self._admitted(context) as device:
+            with boundary("Fetch"), self._admitted(context) as device:
                 yield from self._chunks(device, request)
-                return
-        except Exception as error:  # the boundary: gRPC would send its text
-            code, text = _refused("Fetch", error)
-        context.abort(code, text)
+        except (AnabranchError, Failed) as error:
+            end(context, error)
 
     def _chunks(self, device: str, request: edge_pb2.FetchRequest) -> Iterator[edge_pb2.Chunk]:
         if len(request.sha256) != 32:
@@ -165,7 +174,7 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
         """Say how many bytes of an upload are there."""
 
         def begin(device: str) -> edge_pb2.UploadStatus:
-            _require_text("task", request.task)
+            require_text("task", request.task)
             self._parts.quotas.require_bytes(device)
             got = self._parts.rounds.begin(device, request.task, request.sha256, request.size)
             return self._status(got)
@@ -183,8 +192,8 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
     def _append(self, device: str, chunks: Iterator[edge_pb2.UploadChunk]) -> Status:
         writer, left = None, self._parts.quotas.require_bytes(device)
         try:
-            for chunk in _until_broken(chunks):
-                _require_text("upload", chunk.upload)
+            for chunk in until_broken(chunks):
+                require_text("upload", chunk.upload)
                 if len(chunk.data) > self._parts.file.limits.chunk_bytes:
                     most = self._parts.file.limits.chunk_bytes
                     raise Malformed(f"chunk: {len(chunk.data)} bytes, at most {most} allowed")
@@ -211,8 +220,8 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
         """Count a delta, once."""
 
         def commit(device: str) -> edge_pb2.CommitReply:
-            _require_text("task", request.task)
-            _require_text("upload", request.upload)
+            require_text("task", request.task)
+            require_text("upload", request.upload)
             got = self._parts.rounds.commit(
                 device,
                 request.task,
@@ -221,7 +230,7 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
                 examples=request.examples,
                 steps=request.steps,
             )
-            after = _window(self._parts.rounds.retry("come back for the next round"))
+            after = window(self._parts.rounds.retry("come back for the next round"))
             return edge_pb2.CommitReply(accepted=got.accepted, reason=got.reason, next=after)
 
         return self._unary("Commit", context, commit)
@@ -230,10 +239,10 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
         """Take a task back."""
 
         def abort(device: str) -> edge_pb2.AbortReply:
-            _require_text("task", request.task)
-            _require_text("reason", request.reason)
+            require_text("task", request.task)
+            require_text("reason", request.reason)
             self._parts.rounds.abort(device, request.task, shown(request.reason, MAX_TEXT))
-            return edge_pb2.AbortReply(next=_window(self._parts.rounds.retry("task given back")))
+            return edge_pb2.AbortReply(next=window(self._parts.rounds.retry("task given back")))
 
         return self._unary("Abort", context, abort)
 
@@ -242,12 +251,12 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
             with self._admitted(context) as device:
                 return work(device)
 
-        return _answered(name, context, admitted)
+        return answered(name, context, admitted)
 
     @contextmanager
     def _admitted(self, context: Any) -> Iterator[str]:
         """Yield the device that calls, if it may."""
-        _require_deadline(context, self._parts.file.limits.call_s)
+        require_deadline(context, self._parts.file.limits.call_s)
         pem = context.auth_context().get("x509_pem_cert", [])
         if len(pem) != 1:
             raise Denied("certificate: this port needs one; enrol first")
@@ -266,8 +275,8 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
             round=row["number"],
             bundle=bundle.manifest.name,
             bundle_version=bundle.manifest.version,
-            manifest=_reference(bundle.named(MANIFEST)),
-            signature=_reference(bundle.named(SIGNATURE)),
+            manifest=reference(bundle.named(MANIFEST)),
+            signature=reference(bundle.named(SIGNATURE)),
             adapter=edge_pb2.FileRef(
                 name="adapter", sha256=bytes.fromhex(row["adapter"]), size=row["adapter_bytes"]
             ),
@@ -275,7 +284,7 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
             part=msgspec.json.encode(asked.assignment.part),
             uplink=msgspec.json.encode(config.uplink),
             proximal_mu=config.federation.proximal_mu,
-            seed=_seed(config.seed, offer.task["id"]),
+            seed=seed_of(config.seed, offer.task["id"]),
             deadline_unix=int(row["deadline"]),
             chunk_bytes=self._parts.file.limits.chunk_bytes,
             max_upload_bytes=asked.max_bytes,
@@ -297,38 +306,6 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
         )
 
 
-def _answered(name: str, context: Any, work: Callable[[], T]) -> T:
-    """Return what `work` returns; an error becomes a status, and the call ends."""
-    try:
-        return work()
-    except Exception as error:  # the boundary: gRPC would send its text
-        code, text = _refused(name, error)
-    context.abort(code, text)
-    raise RuntimeError("context.abort returned")
-
-
-def _refused(name: str, error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Return status and sentence for the device; the log has the same, or the type alone."""
-    if isinstance(error, Refusal):
-        log.info("%s refused: %s", name, error)
-        return getattr(grpc.StatusCode, error.status), str(error)
-    if isinstance(error, AnabranchError):
-        log.info("%s refused: %s", name, error)
-        return grpc.StatusCode.INVALID_ARGUMENT, str(error)
-    if isinstance(error, grpc.RpcError):
-        return grpc.StatusCode.CANCELLED, "the call was ended by the device"
-    log.error("%s failed", name, exc_info=error)
-    return grpc.StatusCode.INTERNAL, f"{type(error).__name__} in {name}: see the gateway's log"
-
-
-def _until_broken(chunks: Iterator[edge_pb2.UploadChunk]) -> Iterator[edge_pb2.UploadChunk]:
-    """Yield what arrives; a stream that breaks simply ends: nobody hears the answer."""
-    try:
-        yield from chunks
-    except grpc.RpcError:
-        log.info("Upload broke off")
-
-
 def _certified(parts: Parts, device: str, request: bytes) -> edge_pb2.EnrollReply:
     certificate = parts.authority.issue(request, device, parts.file.certificate_days)
     return edge_pb2.EnrollReply(
@@ -338,47 +315,3 @@ def _certified(parts: Parts, device: str, request: bytes) -> edge_pb2.EnrollRepl
         bundle_keys=[bytes.fromhex(key) for key in parts.file.bundle_keys],
         gateway=at(parts.file.hosts[0], parts.file.port),
     )
-
-
-def at(host: str, port: int) -> str:
-    """Return host:port, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _require_deadline(context: Any, most: float) -> None:
-    left = context.time_remaining()
-    if left is None or left > most + 1:
-        raise Malformed(f"deadline: expected one of at most {most:g} s, set a timeout")
-
-
-def _require_text(what: str, text: str) -> None:
-    if len(text) > MAX_TEXT:
-        raise Malformed(f"{what}: {len(text)} characters, at most {MAX_TEXT} allowed")
-
-
-def _require_capabilities(said: edge_pb2.Capabilities, most: int) -> None:
-    for name in ("runtime", "onnxruntime"):
-        _require_text(f"capabilities.{name}", getattr(said, name))
-    for name in ("engines", "bundles"):
-        held = getattr(said, name)
-        if len(held) > MAX_LIST:
-            raise Malformed(f"capabilities.{name}: {len(held)} of them, at most {MAX_LIST} allowed")
-        for text in held:
-            _require_text(f"capabilities.{name}", text)
-    if said.examples > most:
-        raise Malformed(f"capabilities.examples: {said.examples}, at most {most} allowed")
-
-
-def _window(retry: Retry) -> edge_pb2.RetryWindow:
-    return edge_pb2.RetryWindow(
-        min_seconds=retry.least, max_seconds=retry.most, reason=retry.reason
-    )
-
-
-def _reference(file: Served) -> edge_pb2.FileRef:
-    return edge_pb2.FileRef(name=file.name, sha256=bytes.fromhex(file.sha256), size=file.size)
-
-
-def _seed(seed: int, task: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{task}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

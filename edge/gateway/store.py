@@ -96,11 +96,10 @@ class Store:
                 "spent: restore it, or make a new gateway with `anabranch edge gateway init`"
             )
         self._lock = threading.RLock()
-        self._db = _connect(file)
         try:
+            self._db = _connect(file)
             found = self._db.execute("SELECT format FROM about").fetchone()
         except sqlite3.DatabaseError as error:
-            self._db.close()
             raise ConfigError(f"{file}: not a gateway's state ({error}); restore it") from None
         if found is None or found["format"] != FORMAT:
             self._db.close()
@@ -243,7 +242,10 @@ def make_store(file: Path) -> None:
 def _connect(file: Path) -> sqlite3.Connection:
     db = sqlite3.connect(file, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("PRAGMA foreign_keys = ON")
+    try:
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            db.execute(f"PRAGMA {pragma}")
+    except sqlite3.DatabaseError:
+        db.close()
+        raise
     return db

@@ -17,7 +17,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-MAX_WINDOW_S = 7 * 86_400.0  # a gateway cannot silence a device for longer than a week
+MAX_WINDOW_S = 7 * 86_400.0  # a gateway cannot silence a device for longer than a week,
+MIN_WINDOW_S = 1.0  # nor make it call without a pause
 _MAX_EXPONENT = 60  # 2⁶⁰ seconds are beyond any cap, and still a float
 
 
@@ -47,15 +48,15 @@ class Backoff:
 class Window:
     """When a server wants to hear of a device again, in seconds from now.
 
-    A window that ends before it begins, or later than MAX_WINDOW_S, is cut to what is sensible:
-    the server's numbers are not trusted with a device's future.
+    A window that ends before it begins, or is not between MIN_WINDOW_S and MAX_WINDOW_S, is cut to
+    what is sensible: the server's numbers are not trusted with a device's future.
     """
 
     min_s: float
     max_s: float
 
     def __post_init__(self) -> None:
-        low = min(max(self.min_s, 0.0), MAX_WINDOW_S)
+        low = min(max(self.min_s, MIN_WINDOW_S), MAX_WINDOW_S)
         object.__setattr__(self, "min_s", low)
         object.__setattr__(self, "max_s", min(max(self.max_s, low), MAX_WINDOW_S))
 

@@ -53,7 +53,7 @@ class Sensors(Protocol):
         """Return the readings of this moment; what cannot be read is None, never an error."""
 
 
-What = Literal["charging", "network", "idle", "battery", "temperature", "window"]
+What = Literal["charging", "network", "idle", "battery", "temperature", "window", "data"]
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,17 @@ def fetch_bundle(
             _place(path, folder / name)
         (folder / MANIFEST).write_bytes(manifest)
         (folder / SIGNATURE).write_bytes(signature)
-        _open(folder, home)
+        open_installed(folder, home)
     return target
+
+
+def installed(task: edge_pb2.Task, home: Home) -> bool:
+    """Return whether the task's bundle and adapter are on the disk, by name and size."""
+    manifest = home.bundle(task.bundle, task.bundle_version) / MANIFEST
+    if not manifest.is_file() or digest_of(manifest) != task.manifest.sha256.hex():
+        return False
+    frame = home.cache / task.adapter.sha256.hex()
+    return frame.is_file() and frame.stat().st_size == task.adapter.size
 
 
 def prune(home: Home, keep: Sequence[str] = ()) -> int:
@@ -176,10 +185,11 @@ def _decoded(manifest: bytes) -> Manifest:
         raise BundleError(f"{MANIFEST}: {error}") from None
 
 
-def _open(folder: Path, home: Home) -> Bundle:
+def open_installed(folder: Path, home: Home) -> Bundle:
+    """Return a downloaded bundle after every check of `bundle.open_bundle`."""
     from anabranch.edge.runtime.bundle import open_bundle
 
-    return open_bundle(folder, trust.read_trusted(home.trusted), versions=home.versions)
+    return open_bundle(folder, trusted=trust.read_trusted(home.trusted), versions=home.versions)
 
 
 def _holds(folder: Path, manifest: bytes) -> bool:

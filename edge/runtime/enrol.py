@@ -24,7 +24,7 @@ import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from cryptography import x509
@@ -37,8 +37,12 @@ from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.trust import KEY_BYTES, add_trusted
 from anabranch.protocols.errors import DeviceError
 
+if TYPE_CHECKING:
+    from anabranch.edge.runtime.transport import Gateway
+
 PRIVATE = 0o600
 HANDSHAKE_S = 20.0
+RENEW_SHARE = 1 / 3  # of a certificate's time: below it the device asks for a new one
 MAX_CHAIN = 8  # certificates of a handshake that are looked at
 _INVITATION = re.compile(
     r"(?P<address>(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})"
@@ -127,6 +131,27 @@ def enrol(
     enrolled = Enrolled(device=reply.device, address=_address(reply.gateway, invitation.address))
     _store(home, key, certificate, root, list(reply.bundle_keys), enrolled)
     return enrolled
+
+
+def renew(home: Home, gateway: Gateway, now: datetime | None = None) -> bool:
+    """Replace the device's certificate if less than RENEW_SHARE of its time is left.
+
+    The key stays; the answer is checked as in `enrol`. Returns whether it was replaced.
+    """
+    from anabranch.edge.generated import edge_pb2
+
+    old = _read(home.certificate.read_bytes(), str(home.certificate))
+    left = old.not_valid_after_utc - (now or datetime.now(UTC))
+    if left > RENEW_SHARE * (old.not_valid_after_utc - old.not_valid_before_utc):
+        return False
+    key = serialization.load_pem_private_key(home.device_key.read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DeviceError(f"{home.device_key}: not the key of this device; enrol again")
+    reply = gateway.enroll(edge_pb2.EnrollRequest(certificate_request=_request(key)))
+    root = _read(home.authority.read_bytes(), str(home.authority))
+    certificate = _checked(reply.certificate, key, root)
+    write_atomic(home.certificate, certificate.public_bytes(serialization.Encoding.PEM))
+    return True
 
 
 def _store(

@@ -8,9 +8,12 @@
 Memory is bounded before anything is allocated (memory.py). One session is loaded at a time.
 Weights are external data, mapped from their file:
 
-    fp32         no arena, no prepacking, no ConstantFolding and CommonSubexpressionElimination:
-                 weights stay in the page cache, as the file has them, instead of being copied
-    int8, int4   no arena alone: transposed weights are kept as integers, made floats in the step
+    training, fp32    no prepacking, no ConstantFolding and CommonSubexpressionElimination:
+                      weights stay as the file has them, and only touched pages count
+    all others        onnxruntime's defaults
+
+The arena stays on: with the plan of a shape's buffers it is a quarter faster than malloc, and
+smaller.
 """
 
 from __future__ import annotations
@@ -183,8 +186,8 @@ class JointEngine:
         graph = self._graph(role)
         if self._loaded is None or self._loaded[0] != role:
             self._loaded = None  # first give back the memory of the other one
-            lean = self._precision == "fp32"
-            session = load(self._folder, graph, threads=self._threads, keep_weights_mapped=lean)
+            precision = None if role == "infer" else self._precision
+            session = load(self._folder, graph, threads=self._threads, training=precision)
             require_inputs(session, graph, feeds)
             self._loaded = role, session
         return run(self._loaded[1], graph, outputs, feeds)
@@ -204,12 +207,12 @@ def total(spec: AdapterSpec, parts: Iterable[Gradients]) -> Gradients:
 
 
 def load(
-    folder: Path, graph: Graph, *, threads: int, keep_weights_mapped: bool
+    folder: Path, graph: Graph, *, threads: int, training: Precision | None = None
 ) -> onnxruntime.InferenceSession:
     """Return a session on the CPU with weights mapped from their file.
 
-    Raises DeviceError if this onnxruntime is older than the graph needs, BundleError if it
-    cannot load the graph.
+    `training` is the precision of a training step, None for inference. Raises DeviceError if
+    this onnxruntime is older than the graph needs, BundleError if it cannot load the graph.
     """
     import onnxruntime  # here, because its training build loads torch where torch is installed
 
@@ -223,9 +226,8 @@ def load(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal: an error is raised below
-    options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if keep_weights_mapped:
+    if training == "fp32":
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("optimization.disable_specified_optimizers", FOLDING)
     path = str(folder / graph.file)

@@ -94,7 +94,12 @@ def personalise(
         )
     settings = training or bundle.manifest.training
     folder = home.training(bundle.manifest.name) / STATE
-    about = {"bundle": bundle.digest, "engine": engine, "precision": precision}
+    about = {
+        "bundle": bundle.digest,
+        "engine": engine,
+        "precision": precision,
+        "memory": str(memory_bytes),
+    }
     opened = open_engine(
         bundle, engine=engine, precision=precision, threads=threads, memory_bytes=memory_bytes
     )

@@ -74,9 +74,7 @@ class Predictor:
             )
         limits = narrowed(manifest.limits, memory_bytes)
         micro_batches([1], graph.memory, limits)
-        session = load(
-            bundle.folder, graph, threads=threads, keep_weights_mapped=precision == "fp32"
-        )
+        session = load(bundle.folder, graph, threads=threads)
         names = [*manifest.inputs, *manifest.spec.shapes]
         require_inputs(session, graph, dict.fromkeys(names, np.zeros(0)))
         predictor = cls(bundle, precision, graph, limits, session)

@@ -134,7 +134,10 @@ def plan_given(
 
 
 def require_private(budget: Budget | None, plan: DevicePlan | None) -> None:
-    """Raise PrivacyError if a device with a budget would train without privacy."""
+    """Raise PrivacyError if a device with a budget would train without privacy (plan None).
+
+    For every training whose result may leave the device.
+    """
     if budget is not None and plan is None:
         raise PrivacyError(
             "the [budget] of device.toml allows private training alone, and this one has no "

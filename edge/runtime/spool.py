@@ -110,7 +110,7 @@ class Spool:
         )
 
     def chunks(self, entry: Entry, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, bytes) of a frame from `offset` on; memory does not grow with the frame."""
+        """Yield (offset, bytes) of a frame from `offset` on; one chunk is held at a time."""
         with self._path(entry.task).open("rb") as file:
             start = _frame_start(file.read(8))
             file.seek(start + offset)

@@ -19,7 +19,7 @@ from anabranch.edge.runtime.data import Records
 from anabranch.edge.runtime.engine import Batch, Engine, Floats, Gradients
 from anabranch.edge.runtime.joint import total
 from anabranch.edge.runtime.state import State
-from anabranch.protocols.errors import DeviceError
+from anabranch.protocols.errors import DeviceError, PrivacyError
 from anabranch.protocols.spec import Arrays
 from anabranch.protocols.tables import Training
 

@@ -8,7 +8,8 @@ Notation: n records, w_i the class weight of record i's label, ℓ_i its cross-e
               adds the noise and divides; no clipping of the whole after that
 
 The order of records is that of a site with the same seed: every epoch a new one, records of like
-length together. Everything is deterministic, so a training that was killed and goes on from its
+length together (of texts under a trained head alone a site keeps vectors of one length, and
+does not sort). Everything is deterministic, so a training that was killed and goes on from its
 state ends with the same bits as one that was not. (Private training draws batches and noise from
 the operating system: there a repeated step is another step.)
 """
@@ -41,7 +42,7 @@ from anabranch.edge.runtime.steps import (
     take_step,
 )
 from anabranch.protocols.adapter import WHOLE, Adapter, Delta
-from anabranch.protocols.errors import DeviceError
+from anabranch.protocols.errors import DeviceError, PrivacyError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Training
 from anabranch.protocols.wire import digest, encode
@@ -109,6 +110,8 @@ def train(
     count = num_steps(len(records), training) if steps is None else steps
     if count < 1:
         raise ValueError(f"expected at least one step, got {count}")
+    if private is not None and training.class_weights != "none":
+        raise PrivacyError("private training on a device has no class weights")
     started = time.perf_counter()
     start = engine.params()
     masks = optimizer.masks_of(engine.spec, part)

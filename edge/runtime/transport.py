@@ -4,14 +4,15 @@
     UNAVAILABLE  DEADLINE_EXCEEDED                                GatewayUnavailable idempotent ones
     ABORTED  DATA_LOSS  OUT_OF_RANGE  RESOURCE_EXHAUSTED
     CANCELLED  INTERNAL  UNKNOWN                                  GatewayUnavailable no
-    PERMISSION_DENIED  UNAUTHENTICATED                            GatewayRefused     no
     NOT_FOUND  INVALID_ARGUMENT  and the rest                     GatewayRefused     no
-    a handshake with another certificate authority                GatewayRefused     no
+    PERMISSION_DENIED  UNAUTHENTICATED  UNIMPLEMENTED             NotAdmitted        no
+    a handshake with another certificate authority                NotAdmitted        no
 
 GatewayUnavailable means "later": the caller waits (backoff.py) and goes on where it stopped.
-GatewayRefused means that the same call will be refused again. Every call has a deadline, so a
+GatewayRefused means that the same call will be refused again; NotAdmitted, that every call will,
+until somebody does something about the device's enrolment. Every call has a deadline, so a
 gateway that says nothing costs seconds. CheckIn, BeginUpload, Commit and Abort are idempotent by
-protocols/edge.proto; Fetch and Upload are resumed by their callers, and Enroll is called once.
+protocols/edge.proto, Enroll for one token and key; Fetch and Upload are resumed by their callers.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ _LATER = _RETRIED | {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
 }
+_CLOSED = frozenset(
+    {
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
 _ADVICE = {
     grpc.StatusCode.PERMISSION_DENIED: "enrol again with a new token",
     grpc.StatusCode.UNAUTHENTICATED: "enrol again with a new token",
@@ -74,6 +82,10 @@ class GatewayUnavailable(DeviceError):
 
 class GatewayRefused(DeviceError):
     """The gateway refuses this call, and would refuse it again."""
+
+
+class NotAdmitted(DeviceError):
+    """The gateway does not talk to this device, or this is not the device's gateway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +118,8 @@ class Gateway:
         self._sleep = sleep
 
     def enroll(self, request: edge_pb2.EnrollRequest) -> edge_pb2.EnrollReply:
-        """Enroll, once: a token is good for one call."""
-        reply: edge_pb2.EnrollReply = self._once(self._stub.Enroll, request)
+        """Exchange a token, or the certificate of this channel, for a new certificate."""
+        reply: edge_pb2.EnrollReply = self._repeated(self._stub.Enroll, request)
         return reply
 
     def check_in(self, request: edge_pb2.CheckInRequest) -> edge_pb2.CheckInReply:
@@ -186,12 +198,14 @@ def as_device_error(error: grpc.RpcError) -> DeviceError:
     """Return what a failed call means for the device, and what to do (table above)."""
     code, details = error.code(), (error.details() or "")[:_SHOWN]
     if _other_authority(error):
-        return GatewayRefused(
+        return NotAdmitted(
             "gateway: its certificate is not one of the certificate authority that this device is "
             f"enrolled with, or is out of date ({details}); check address and clock, or enrol again"
         )
     advice = _ADVICE.get(code, "it is asked later" if code in _LATER else "nothing was changed")
-    kind = GatewayUnavailable if code in _LATER else GatewayRefused
+    kind: type[DeviceError] = GatewayUnavailable if code in _LATER else GatewayRefused
+    if code in _CLOSED:
+        kind = NotAdmitted
     return kind(f"gateway: {code.name}: {details or 'no reason given'}; {advice}")
 
 

@@ -24,12 +24,13 @@ from anabranch.client.audit.record import claim_of
 from anabranch.client.audit.replay import Replay, Subject, replay, replays_of, twins
 from anabranch.client.audit.report import TESTS, level_for
 from anabranch.client.privacy import plan_for
-from anabranch.client.tuning import noisy, randomness
+from anabranch.client.tuning import noisy
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import read_adapter
 from anabranch.client.tuning.noisy import PrivateStep
 from anabranch.client.tuning.randomness import Randomness
+from anabranch.protocols import randomness
 from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.errors import PrivacyError
 from tests.runs import table_run

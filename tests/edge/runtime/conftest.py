@@ -28,20 +28,8 @@ from anabranch.protocols.wire import digest, encode
 FEATURES, HIDDEN, RANK, LABELS = 6, 5, 2, ("bone", "heart", "other")
 ALPHA = 4.0
 A, B = "hidden.0.lora_A.weight", "hidden.0.lora_B.weight"
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "acute",
-    "chronic",
-    "fracture",
-    "of",
-    "femur",
-    "heart",
-    "failure",
-    "infarction",
-]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+WORDS = (*SPECIAL, "acute", "chronic", "fracture", "of", "femur", "heart", "failure", "infarction")
 MEMORY = Memory(fixed=1 << 20, per_record=1000, per_token=100, per_pair=1)
 LIMITS = Limits(memory_bytes=100 << 20, max_records=8, max_tokens=16)
 
@@ -154,8 +142,8 @@ def _step(kind: str, *, clipped: bool) -> onnx.ModelProto:
     n.backward()
     squares = []
     for name, (up, other, equation) in PER_RECORD.items():
-        inputs = [up] if other is None else [up, other]
-        n("Einsum", *inputs, out=f"{name}.each", equation=equation)
+        operands = [up] if other is None else [up, other]
+        n("Einsum", *operands, out=f"{name}.each", equation=equation)
         letters = equation.split("->")[1]
         each = f"{name}.each"
         n("Einsum", each, each, out=f"{name}.sq", equation=f"{letters},{letters}->b")
@@ -174,7 +162,7 @@ def _step(kind: str, *, clipped: bool) -> onnx.ModelProto:
         letters = equation.split("->")[1]
         out = f"{name}.grad"
         n("Einsum", factor, f"{name}.each", out=out, equation=f"b,{letters}->{letters[1:]}")
-    inputs = [*_model_inputs(kind), ("labels", TensorProto.INT64, ["batch"])]
+    inputs: list[Any] = [*_model_inputs(kind), ("labels", TensorProto.INT64, ["batch"])]
     inputs.append(("weights", TensorProto.FLOAT, ["batch"]))
     if clipped:
         inputs.append(("clipping_norm", TensorProto.FLOAT, []))
@@ -219,7 +207,7 @@ def tiny_tokenizer() -> WordPiece:
     )
     return WordPiece(
         TokenizerData(
-            vocabulary=tuple(WORDS),
+            vocabulary=WORDS,
             unknown=1,
             first=2,
             last=3,
@@ -245,7 +233,7 @@ def write_tiny(folder: Path, kind: str, **changes: Any) -> TinyBundle:
     for role, model in models.items():
         name: Any = role
         for precision in ("fp32", "int8"):  # the same graph: what differs is how it is loaded
-            file = f"{key(name, precision)}.onnx"  # type: ignore[arg-type]
+            file = f"{key(name, precision)}.onnx"
             onnx.save(
                 model,
                 folder / file,
@@ -253,7 +241,7 @@ def write_tiny(folder: Path, kind: str, **changes: Any) -> TinyBundle:
                 location=f"{file}.bin",
                 size_threshold=64,
             )
-            graphs[key(name, precision)] = Graph(  # type: ignore[arg-type]
+            graphs[key(name, precision)] = Graph(
                 file=file, data=(f"{file}.bin",), onnxruntime="1.19", memory=MEMORY
             )
     adapter = tiny_adapter()

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given
@@ -39,7 +40,8 @@ def forward(bundle: Any, base: dict[str, NDArray[Any]], feeds: Any, p: Any) -> t
         embedded = E[torch.from_numpy(feeds["input_ids"])] * mask[..., None]
         x = embedded.sum(1) / mask.sum(1, keepdim=True)
     h = torch.relu(x @ W.T + bundle.manifest.spec.scaling * (x @ p[A].T) @ p[B].T)
-    return h @ p["head.weight"].T + p["head.bias"]
+    logits: torch.Tensor = h @ p["head.weight"].T + p["head.bias"]
+    return logits
 
 
 def reference(
@@ -158,6 +160,7 @@ def test_sums_are_those_of_torch(
         assert got.norms is None
     else:
         assert got.norms is not None
+        assert expected.norms is not None
         np.testing.assert_allclose(got.norms, expected.norms, rtol=1e-5)
 
 
@@ -246,6 +249,61 @@ def test_an_adapter_of_other_names_shapes_or_nan_is_refused(make_tiny: Make) -> 
             engine.set_params(bad)
     for name, array in good.items():
         np.testing.assert_array_equal(engine.params()[name], array)
+
+
+# Memory
+
+
+def test_one_session_is_loaded_at_a_time(make_tiny: Make, make_records: Make) -> None:
+    bundle = make_tiny("table")
+    batch = batch_of(bundle, make_records, 2)
+    engine = engine_of(bundle)
+    seen = []
+    for call in (
+        lambda: engine.grads(batch),
+        lambda: engine.grads(batch),
+        lambda: engine.predict(batch.feeds),
+        lambda: engine.grads(batch, clipping_norm=1.0),
+    ):
+        call()
+        seen.append(engine._loaded)
+    assert [one[0] for one in seen if one] == ["train_step", "train_step", "infer", "train_step_dp"]
+    assert seen[0] is seen[1]
+    engine.close()
+    assert engine._loaded is None
+
+
+@pytest.mark.parametrize(
+    ("training", "prepacking"), [("fp32", False), ("int8", True), ("int4", True), (None, True)]
+)
+def test_settings_are_those_that_keep_weights_mapped(
+    make_tiny: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    training: Any,
+    prepacking: bool,
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda path, options, providers: made.append(options)
+    )
+    bundle = make_tiny("table")
+    joint.load(bundle.folder, bundle.manifest.graphs["infer.fp32"], threads=2, training=training)
+    (options,) = made
+
+    def entry(name: str) -> str | None:
+        try:
+            found: str = options.get_session_config_entry(name)
+        except RuntimeError:
+            return None
+        return found
+
+    assert options.enable_cpu_mem_arena
+    assert entry("session.disable_prepacking") == (None if prepacking else "1")
+    folding = "ConstantFolding;CommonSubexpressionElimination"
+    disabled = entry("optimization.disable_specified_optimizers")
+    assert disabled == (None if prepacking else folding)
+    assert entry("session.intra_op.allow_spinning") == "0"
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
 
 
 # Refusals, before anything is allocated

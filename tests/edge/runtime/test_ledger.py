@@ -7,10 +7,12 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.client.ledger import Ledger
+from anabranch.edge.runtime import ledger as ledger_module
 from anabranch.edge.runtime import ledger_file, witness
 from anabranch.edge.runtime.device_file import DeviceFile, parse_device, read_device
 from anabranch.edge.runtime.files import write_atomic
@@ -27,7 +30,7 @@ from anabranch.edge.runtime.ledger_chain import KINDS, Adopted
 from anabranch.edge.runtime.ledger_report import report
 from anabranch.protocols.chain import Link, Witness, link_hash
 from anabranch.protocols.errors import ConfigError, PrivacyError
-from anabranch.protocols.rdp import epsilon_of
+from anabranch.protocols.rdp import epsilon_of, require_budget
 from anabranch.protocols.spend import Spend
 
 ROOT = Path(__file__).parents[3]
@@ -248,8 +251,13 @@ def test_what_was_not_reserved_cannot_be_settled(ledger: DeviceLedger) -> None:
     entry = ledger.reserve(SPEND, "run", 50)
     before = ledger.events()
 
-    with pytest.raises(PrivacyError, match=r"reserved \(σ, q, steps\) = \(1\.2, 0\.064, 10\)"):
-        ledger.settle(entry, replace(SPEND, steps=11))
+    for ran in (
+        replace(SPEND, steps=11),
+        replace(SPEND, noise_multiplier=1.1),
+        replace(SPEND, sample_rate=0.065),
+    ):
+        with pytest.raises(PrivacyError, match=r"reserved \(σ, q, steps\) = \(1\.2, 0\.064, 10\)"):
+            ledger.settle(entry, ran)
     for other in (1, entry - 1, entry + 1):  # opened, a settle, nothing
         with pytest.raises(PrivacyError, match=f"entry {other} is not open, nothing may leave"):
             ledger.settle(other, SPEND)
@@ -499,7 +507,7 @@ import sys
 from pathlib import Path
 from anabranch.edge.runtime.ledger import DeviceLedger, Limit
 from anabranch.protocols.errors import PrivacyError
-from anabranch.protocols.rdp import epsilon_of
+from anabranch.protocols.rdp import epsilon_of, require_budget
 from anabranch.protocols.spend import Spend
 spend = Spend(noise_multiplier=1.2, sample_rate=0.064, steps=10)
 budget = Limit(epsilon=epsilon_of([spend] * 2, 1e-4), delta=1e-4, name="b")
@@ -532,6 +540,33 @@ def test_of_two_processes_that_want_the_last_of_a_budget_one_is_refused(tmp_path
 
     assert codes == [0, 7]
     assert len(ledger.history()) == 2
+
+
+def test_nobody_reads_the_ledger_between_anothers_check_and_reservation(
+    ledger: DeviceLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_inside, order = threading.Event(), []
+
+    def check(*args: Any, **kwargs: Any) -> None:
+        order.append("check")
+        if len(order) > 1:
+            second_inside.set()
+        else:
+            second.start()
+            assert not second_inside.wait(0.3)  # it would have read what the first one read
+        require_budget(*args, **kwargs)
+
+    def reserve() -> None:
+        DeviceLedger(ledger.path, None).reserve(SPEND, "run", 50, [limit(50)])
+
+    second = threading.Thread(target=reserve)
+    monkeypatch.setattr(ledger_module, "require_budget", check)
+
+    ledger.reserve(SPEND, "run", 50, [limit(50)])
+    second.join()
+
+    assert second_inside.is_set()
+    assert len(ledger.history()) == TRAININGS + 2
 
 
 # Accepting a loss

@@ -133,8 +133,9 @@ def test_the_proximal_term_pulls_to_the_start() -> None:
 
 def test_what_is_given_is_not_changed() -> None:
     rng = np.random.default_rng(0)
-    for kind in ("sgd", "adamw"):
-        training = Training(optimizer=kind, weight_decay=0.1)  # type: ignore[arg-type]
+    kinds: list[Any] = ["sgd", "adamw"]
+    for kind in kinds:
+        training = Training(optimizer=kind, weight_decay=0.1)
         params, gradients = arrays_of([(2, 3)], rng), arrays_of([(2, 3)], rng)
         state = optimizer.fresh(training, params, params)
         before = [a.copy() for one in (params, gradients, state) for a in one.values()]

@@ -1,0 +1,458 @@
+"""Devices for a gateway, without models: they enrol, fetch, send a delta that is made up.
+
+    python -m benchmarks.edge.gateway_load --devices 200 --values 1000000
+
+prints one line: devices per second (enrolment apart), the server's peak memory. Tests use the
+same devices, also those that are slow, die, repeat themselves or lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from anabranch.edge.gateway.asking import Opener
+from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
+from anabranch.edge.gateway.config import Limits as GatewayLimits
+from anabranch.edge.gateway.operator import invite, make_gateway
+from anabranch.edge.gateway.published import Shelf
+from anabranch.edge.gateway.store import Store
+from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
+from anabranch.edge.runtime.bundle_manifest import ADAPTER, MANIFEST, SIGNATURE, Limits, Manifest
+from anabranch.edge.runtime.enrol import Invitation
+from anabranch.edge.runtime.manifest import File
+from anabranch.edge.runtime.trust import public_bytes, sign
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import Adapter, Delta
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.messages import Assignment
+from anabranch.protocols.part import Part
+from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.tables import Column, Contract, Federation, Lora, Model, Task, Training
+
+HOST = "localhost"
+LABELS = ("no", "yes")
+CALL_S = 60.0
+
+
+def spec_of(values: int) -> AdapterSpec:
+    """Return a spec of about `values` values: one adapted layer of rank 8, and a bias."""
+    width = max(1, values // 16)
+    tensors = (
+        ("head.bias", (len(LABELS),)),
+        ("layer.lora_A.weight", (8, width)),
+        ("layer.lora_B.weight", (width, 8)),
+    )
+    return AdapterSpec(
+        base="a" * 64, tokenizer="", rank=8, alpha=16, targets=("layer",), tensors=tensors
+    )
+
+
+def config_of(**tables: Any) -> RunConfig:
+    """Return a run's configuration; `tables` replace those here."""
+    given: dict[str, Any] = {
+        "name": "load",
+        "task": Task(kind="tabular-classification", labels=LABELS),
+        "data": Contract(columns={"x": Column(type="number"), "y": Column(type="label")}),
+        "model": Model(base="mlp"),
+        "federation": Federation(rounds=10, method="fedavg", deadline_s=600),
+        "lora": Lora(rank=8, targets=("layer",)),
+        "training": Training(local_steps=3, batch_size=8),
+    }
+    return RunConfig(**(given | tables))
+
+
+def adapter_of(spec: AdapterSpec, seed: int = 0) -> Adapter:
+    rng = np.random.default_rng(seed)
+    arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in spec.tensors}
+    return Adapter(spec, arrays)
+
+
+def delta_of(
+    spec: AdapterSpec, seed: int, *, examples: int = 10, part: Part | None = None
+) -> Delta:
+    rng = np.random.default_rng(1000 + seed)
+    part = Part() if part is None else part
+    arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in part.shapes(spec).items()}
+    return Delta(spec, arrays, examples, part=part, steps=3)
+
+
+def write_bundle(folder: Path, spec: AdapterSpec, key: Ed25519PrivateKey, version: int = 1) -> Path:
+    """Write a signed bundle that holds an adapter and nothing to run."""
+    folder.mkdir(parents=True)
+    frame = wire.encode(adapter_of(spec))
+    (folder / ADAPTER).write_bytes(frame)
+    sha = hashlib.sha256(frame).hexdigest()
+    manifest = Manifest(
+        name="codes",
+        version=version,
+        created="2026-01-01T00:00:00Z",
+        task="tabular-classification",
+        labels=LABELS,
+        inputs=("features",),
+        shape=(1,),
+        spec=spec,
+        adapter=sha,
+        config="c" * 64,
+        training=Training(),
+        graphs={},
+        artifacts=False,
+        measured={},
+        limits=Limits(memory_bytes=1 << 30, max_records=64, max_tokens=1),
+        versions={},
+        files={ADAPTER: File(bytes=len(frame), sha256=sha)},
+    )
+    data = msgspec.json.encode(manifest)
+    (folder / MANIFEST).write_bytes(data)
+    (folder / SIGNATURE).write_bytes(sign(data, key))
+    return folder
+
+
+def new_gateway(folder: Path, spec: AdapterSpec, **settings: Any) -> GatewayFolder:
+    """Make a gateway's folder that serves one bundle, on ports that are free."""
+    key = Ed25519PrivateKey.generate()
+    write_bundle(folder.parent / f"{folder.name}-bundle", spec, key)
+    given: dict[str, Any] = {
+        "name": "north",
+        "hosts": (HOST, "127.0.0.1"),
+        "address": "127.0.0.1",
+        "port": free_port(),
+        "enroll_port": free_port(),
+        "bundles": (str(folder.parent / f"{folder.name}-bundle"),),
+        "bundle_keys": (public_bytes(key).hex(),),
+        "cohort": 3,
+        "min_cohort": 2,
+    }
+    make_gateway(folder, msgspec.convert(given | settings, GatewayFile))
+    return GatewayFolder(folder)
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
+
+
+def opener_of(folder: GatewayFolder) -> Opener:
+    """Return what the Flower side opens rounds with."""
+    file = folder.read()
+    keys = [bytes.fromhex(key) for key in file.bundle_keys]
+    shelf = Shelf(folder.bundles(file), keys, folder.files)
+    return Opener(folder, file, Store(folder.state), shelf)
+
+
+@dataclass
+class Server:
+    """`anabranch edge gateway serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    port: int
+    enroll_port: int
+
+    def peak_mb(self) -> float:
+        """Return the peak resident memory so far."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in text.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+
+    def kill(self) -> None:
+        """End it as a power cut would (SIGKILL)."""
+        self.process.kill()
+        self.process.wait(30)
+        self._drop()
+
+    def stop(self) -> int:
+        """End it as a service manager would (SIGTERM); return its exit status."""
+        self.process.terminate()
+        status = self.process.wait(30)
+        self._drop()
+        return status
+
+    def _drop(self) -> None:
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+
+def serve(folder: GatewayFolder, prefix: tuple[str, ...] = ()) -> Server:
+    """Start the server; return when it listens. `prefix`: a command around it."""
+    log = (folder.folder / "serve.log").open("a")
+    command = [sys.executable, "-m", "anabranch.cli.main", "edge", "gateway", "serve", "--json"]
+    process = subprocess.Popen(
+        [*prefix, *command, str(folder.folder)], stdout=subprocess.PIPE, stderr=log, text=True
+    )
+    log.close()
+    text = ""
+    for line in process.stdout or ():
+        text += line
+        if line.startswith("}"):
+            break
+    if not text:
+        process.wait(10)
+        raise RuntimeError((folder.folder / "serve.log").read_text()[-2000:])
+    return Server(process, **json.loads(text))
+
+
+class Died(Exception):
+    """A device was switched off in the middle of something."""
+
+
+@dataclass
+class Device:
+    """One device; every method is one call, or the chunks of one."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: bytes
+    authority: bytes
+    name: str
+    address: str
+    examples: int = 10
+    task: edge_pb2.Task | None = None
+    channels: list[grpc.Channel] = field(default_factory=list)
+
+    @classmethod
+    def enrol(
+        cls, invitation: str, enroll_port: int, port: int, host: str = HOST, **facts: Any
+    ) -> Device:
+        key = ec.generate_private_key(ec.SECP256R1())
+        secret = Invitation.parse(invitation).secret
+        authority = facts.pop("authority")
+        credentials = grpc.ssl_channel_credentials(authority)
+        with grpc.secure_channel(f"{host}:{enroll_port}", credentials) as channel:
+            reply = edge_pb2_grpc.EdgeGatewayStub(channel).Enroll(
+                edge_pb2.EnrollRequest(
+                    token=secret, certificate_request=request_of(key), platform="test"
+                ),
+                timeout=CALL_S,
+            )
+        return cls(key, reply.certificate, reply.authority, reply.device, f"{host}:{port}", **facts)
+
+    @property
+    def stub(self) -> Any:
+        """The calls, over one channel."""
+        if not self.channels:
+            pem = self.key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+            credentials = grpc.ssl_channel_credentials(self.authority, pem, self.certificate)
+            options = (("grpc.use_local_subchannel_pool", 1),)
+            self.channels.append(grpc.secure_channel(self.address, credentials, options))
+        return edge_pb2_grpc.EdgeGatewayStub(self.channels[0])
+
+    def hang_up(self) -> None:
+        """Close the connection."""
+        while self.channels:
+            self.channels.pop().close()
+
+    def check_in(self) -> edge_pb2.CheckInReply:
+        said = edge_pb2.Capabilities(runtime="load", engines=["joint"], examples=self.examples)
+        reply: edge_pb2.CheckInReply = self.stub.CheckIn(
+            edge_pb2.CheckInRequest(capabilities=said), timeout=CALL_S
+        )
+        self.task = reply.task if reply.WhichOneof("outcome") == "task" else None
+        return reply
+
+    def fetch(self, sha256: bytes, offset: int = 0) -> bytes:
+        request = edge_pb2.FetchRequest(sha256=sha256, offset=offset)
+        data = b""
+        for chunk in self.stub.Fetch(request, timeout=CALL_S):
+            if chunk.offset != offset + len(data) or zlib.crc32(chunk.data) != chunk.crc32:
+                raise RuntimeError("fetch: a chunk is not what it should be")
+            data += chunk.data
+        return data
+
+    def begin(self, frame: bytes) -> edge_pb2.UploadStatus:
+        digest = hashlib.sha256(frame).digest()
+        request = edge_pb2.BeginUploadRequest(task=self._task().id, sha256=digest, size=len(frame))
+        reply: edge_pb2.UploadStatus = self.stub.BeginUpload(request, timeout=CALL_S)
+        return reply
+
+    def upload(
+        self, frame: bytes, *, die_after: int | None = None, pause_s: float = 0.0
+    ) -> edge_pb2.UploadStatus:
+        """Send what the gateway does not have; `die_after`: so many chunks, then Died."""
+        status = self.begin(frame)
+        if status.state != edge_pb2.UploadStatus.OPEN or status.committed == len(frame):
+            return status
+        pieces = chunks_of(frame, status, die_after=die_after, pause_s=pause_s)
+        try:
+            reply: edge_pb2.UploadStatus = self.stub.Upload(pieces, timeout=CALL_S)
+        except grpc.RpcError:
+            if die_after is not None:
+                raise Died from None
+            raise
+        return reply
+
+    def commit(self, frame: bytes, *, examples: int | None = None) -> edge_pb2.CommitReply:
+        digest = hashlib.sha256(frame).digest()
+        task = self._task().id
+        name = hashlib.sha256(f"{task}/{len(frame)}/".encode() + digest).hexdigest()[:32]
+        request = edge_pb2.CommitRequest(
+            upload=name,
+            task=task,
+            sha256=digest,
+            examples=self.examples if examples is None else examples,
+            steps=3,
+        )
+        reply: edge_pb2.CommitReply = self.stub.Commit(request, timeout=CALL_S)
+        return reply
+
+    def send(self, frame: bytes, **how: Any) -> edge_pb2.CommitReply:
+        """Upload and commit."""
+        self.upload(frame, **how)
+        return self.commit(frame)
+
+    def _task(self) -> edge_pb2.Task:
+        if self.task is None:
+            raise RuntimeError("this device has no task")
+        return self.task
+
+
+def chunks_of(
+    frame: bytes,
+    status: edge_pb2.UploadStatus,
+    *,
+    die_after: int | None = None,
+    pause_s: float = 0.0,
+) -> Iterator[edge_pb2.UploadChunk]:
+    """Yield chunks from where the gateway is."""
+    starts = range(status.committed, len(frame), status.chunk_bytes)
+    for number, offset in enumerate(starts):
+        if number == die_after:
+            raise Died
+        data = frame[offset : offset + status.chunk_bytes]
+        yield edge_pb2.UploadChunk(
+            upload=status.upload, offset=offset, data=data, crc32=zlib.crc32(data)
+        )
+        time.sleep(pause_s)
+
+
+def request_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return a certificate request of a key."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def enrol_many(folder: GatewayFolder, server: Any, count: int, host: str = HOST) -> list[Device]:
+    """Return that many devices of a running gateway."""
+    authority = (folder.authority / "ca.pem").read_bytes()
+    texts = invite(folder.folder, count=count)
+    return [
+        Device.enrol(text, server.enroll_port, server.port, host, authority=authority)
+        for text in texts
+    ]
+
+
+def patiently(work: Callable[[], Any], attempts: int = 40, wait_s: float = 0.1) -> Any:
+    """Return what `work` returns, once the gateway takes it."""
+    later = (
+        grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.OUT_OF_RANGE,
+    )  # fmt: skip
+    for attempt in range(attempts):
+        try:
+            return work()
+        except grpc.RpcError as error:
+            if error.code() not in later or attempt == attempts - 1:
+                raise
+            time.sleep(wait_s * (1 + attempt % 5))
+    raise RuntimeError("no attempt was made")
+
+
+def load(devices: int, values: int, *, at_once: int = 16) -> dict[str, float]:
+    """Return the figures of one round with so many devices and values per delta.
+
+    seconds: from the first check-in to the aggregate, of the whole machine: the devices of the
+    load run beside the server.
+    """
+    spec = spec_of(values)
+    with tempfile.TemporaryDirectory() as where:
+        folder = new_gateway(
+            Path(where) / "gateway",
+            spec,
+            cohort=devices,
+            min_cohort=devices,
+            limits=GatewayLimits(enrolments_a_minute=10 * devices),
+        )
+        with serve(folder) as server:
+            idle = server.peak_mb()
+            fleet = enrol_many(folder, server, devices)
+            for device in fleet:
+                device.check_in()
+            opener = opener_of(folder)
+            assignment = Assignment(run="load", round=1, config=config_of())
+            began = time.perf_counter()
+            row = opener.open(assignment, adapter_of(spec))
+            frame = wire.encode(delta_of(spec, 0))
+
+            def work(device: Device) -> int:
+                patiently(device.check_in)
+                accepted = patiently(lambda: device.send(frame)).accepted
+                device.hang_up()
+                return int(accepted)
+
+            with ThreadPoolExecutor(at_once) as pool:
+                counted = sum(pool.map(work, fleet))
+            while row["state"] in ("open", "closing"):
+                time.sleep(0.02)
+                row = opener.store.row("SELECT * FROM rounds WHERE id = ?", row["id"]) or row
+            seconds = time.perf_counter() - began
+            opener.store.close()
+            return {
+                "devices": devices,
+                "values": spec.num_values,
+                "counted": counted,
+                "clients": row["clients"] or 0,
+                "seconds": seconds,
+                "devices_per_second": counted / seconds,
+                "peak_rss_mb": server.peak_mb(),
+                "idle_rss_mb": idle,
+                "delta_mb": len(frame) / 1e6,
+            }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, default=200)
+    parser.add_argument("--values", type=int, default=1_000_000)
+    parser.add_argument("--at-once", type=int, default=16)
+    given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    found = load(given.devices, given.values, at_once=given.at_once)
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

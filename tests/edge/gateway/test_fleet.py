@@ -1,0 +1,207 @@
+"""Two hundred devices, among them slow, dead, repeating and lying ones; a server that is killed;
+a network of 4 Mbit/s that loses 3 % of its packets and takes 200 ms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from anabranch.edge.gateway.config import Limits
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import Delta
+from anabranch.protocols.spec import AdapterSpec
+from benchmarks.edge.gateway_load import (
+    Device,
+    Died,
+    adapter_of,
+    delta_of,
+    enrol_many,
+    new_gateway,
+    opener_of,
+    patiently,
+    serve,
+    spec_of,
+)
+from tests.gateway_cases import ended, open_round
+
+pytestmark = pytest.mark.slow
+
+DEVICES = 200
+KINDS = ("slow", "dead", "twice", "liar", *["plain"] * 6)
+MEMORY_MB = 150  # above the idle server: 64 threads, two deltas being checked, one sum
+
+
+def lie(spec: AdapterSpec, number: int) -> bytes:
+    """Return what a device should not send."""
+    frames = (
+        wire.encode(delta_of(spec_of(1600), number)),
+        wire.encode(delta_of(spec, number), codec="fp16"),
+        wire.encode(delta_of(spec, number, examples=123_456)),
+        bytes(5000),
+    )
+    return frames[number % len(frames)]
+
+
+def take_part(device: Device, number: int, spec: AdapterSpec) -> str:
+    """Take part as one of KINDS does; return the gateway's last word."""
+    kind = KINDS[number % len(KINDS)]
+    if patiently(device.check_in, 200).WhichOneof("outcome") != "task":
+        return "no task"
+    frame = lie(spec, number) if kind == "liar" else wire.encode(delta_of(spec, number))
+    try:
+        if kind == "dead":
+            patiently(lambda: device.upload(frame, die_after=2), 200)
+        pause = 0.02 if kind == "slow" else 0.0
+        patiently(lambda: device.upload(frame, pause_s=pause), 200)
+        if kind == "twice":
+            patiently(lambda: device.upload(frame), 200)
+            patiently(lambda: device.commit(frame), 200)
+        return "counted" if patiently(lambda: device.commit(frame), 200).accepted else "refused"
+    except Died:
+        return "dead"
+    finally:
+        device.hang_up()
+
+
+def test_two_hundred_devices_and_a_server_killed_three_times(tmp_path: Path) -> None:
+    spec = spec_of(200_000)
+    honest = [n for n in range(DEVICES) if KINDS[n % len(KINDS)] not in ("dead", "liar")]
+    folder = new_gateway(
+        tmp_path / "g",
+        spec,
+        cohort=len(honest),
+        min_cohort=len(honest),
+        over_selection=1.5,
+        limits={"enrolments_a_minute": 10_000, "calls_a_minute": 10_000},
+    )
+    server = serve(folder)
+    try:
+        idle, peak = server.peak_mb(), 0.0
+        fleet = enrol_many(folder, server, DEVICES)
+        for device in fleet:
+            device.check_in()
+            device.hang_up()
+        opener = opener_of(folder)
+        began = time.perf_counter()
+        row = open_round(opener, adapter_of(spec))
+        done: list[str] = []
+        lock = threading.Lock()
+
+        def work(number: int) -> str:
+            word = take_part(fleet[number], number, spec)
+            with lock:
+                done.append(word)
+            return word
+
+        with ThreadPoolExecutor(24) as pool:
+            words = pool.map(work, range(DEVICES))
+            for so_many in (20, 80, 140):
+                while len(done) < so_many:
+                    time.sleep(0.01)
+                peak = max(peak, server.peak_mb())
+                server.kill()
+                server = serve(folder)
+            said = list(words)
+        row = ended(opener.store, row)
+        seconds = time.perf_counter() - began
+        peak = max(peak, server.peak_mb())
+        assert server.stop() == 0
+    finally:
+        server.__exit__()
+    expected = {"dead": "dead", "liar": "refused"}
+    assert said == [expected.get(KINDS[n % len(KINDS)], "counted") for n in range(DEVICES)]
+    assert (row["state"], row["clients"]) == ("closed", len(honest))
+    assert opener.store.rows("SELECT count(*) AS n FROM counted") == [{"n": len(honest)}]
+    mean = wire.decode_delta((folder.results / row["result"]).read_bytes(), spec)
+    _require_mean(mean, [delta_of(spec, n) for n in honest])
+    assert peak - idle < MEMORY_MB
+    opener.store.close()
+    sys.stderr.write(
+        f"\n{DEVICES} devices, {spec.num_values} values: {len(honest) / seconds:.1f} devices/s, "
+        f"peak {peak:.0f} MB, idle {idle:.0f} MB\n"
+    )
+
+
+def _require_mean(mean: Delta, deltas: list[Delta]) -> None:
+    for name, array in mean.arrays.items():
+        expected = np.mean([d.arrays[name] for d in deltas], axis=0, dtype=np.float64)
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_flood_of_calls_is_refused_and_the_server_goes_on(tmp_path: Path) -> None:
+    """More streams than calls: the rest hears RESOURCE_EXHAUSTED at once, nobody waits for ever."""
+    spec = spec_of(50_000)
+    limits = Limits(calls=4, calls_a_minute=10_000, calls_at_once=64, enrolments_a_minute=1000)
+    settings = {"calls": 4, "calls_a_minute": 10_000, "calls_at_once": 64}
+    assert limits.calls == 4
+    folder = new_gateway(tmp_path / "g", spec, cohort=8, min_cohort=8, limits=settings)
+    with serve(folder) as server:
+        fleet = enrol_many(folder, server, 8)
+        for device in fleet:
+            patiently(device.check_in)
+        opener = opener_of(folder)
+        row = open_round(opener, adapter_of(spec))
+        for device in fleet:
+            patiently(device.check_in)
+        codes: list[grpc.StatusCode] = []
+
+        def send(number: int) -> bool:
+            frame = wire.encode(delta_of(spec, number))
+            try:
+                fleet[number].upload(frame, pause_s=0.1)
+            except grpc.RpcError as error:
+                codes.append(error.code())
+            return bool(patiently(lambda: fleet[number].send(frame), 200).accepted)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(send, range(8)))
+        row = ended(opener.store, row)
+        assert (row["state"], row["clients"]) == ("closed", 8)
+        assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for device in fleet:
+            device.hang_up()
+        opener.store.close()
+
+
+@pytest.fixture
+def slow_network() -> Iterator[list[str]]:
+    """A command prefix that runs in a network namespace of its own, with a bad loopback."""
+    name = f"anabranch{os.getpid()}"
+    if shutil.which("ip") is None or shutil.which("tc") is None:
+        pytest.skip("no `ip` and `tc` here: install iproute2")
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"network namespaces are not permitted here: {made.stderr.strip()}")
+    inside = ["ip", "netns", "exec", name]
+    try:
+        subprocess.run([*inside, "ip", "link", "set", "lo", "up", "mtu", "1500"], check=True)
+        netem = "tc qdisc add dev lo root netem rate 4mbit loss 3% delay 200ms limit 1000".split()
+        found = subprocess.run([*inside, *netem], capture_output=True, text=True)
+        if found.returncode:
+            pytest.skip(f"netem is not permitted here: {found.stderr.strip()}")
+        yield inside
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def test_a_slow_lossy_network_loses_nothing(slow_network: list[str]) -> None:
+    command = "-m benchmarks.edge.gateway_load --devices 12 --values 25000 --at-once 12".split()
+    run = subprocess.run(
+        [*slow_network, sys.executable, *command], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert (found["counted"], found["clients"]) == (12, 12)

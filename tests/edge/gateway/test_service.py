@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import msgspec
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from anabranch.edge.gateway.authority import make_authority
+from anabranch.edge.gateway.config import Limits
+from anabranch.edge.gateway.operator import invite, revoke
+from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.part import Part
+from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.tables import Federation, Privacy, Training, Uplink
+from benchmarks.edge.gateway_load import HOST, Device, delta_of, enrol_many, request_of, spec_of
+from tests.gateway_cases import ended, open_round, row_of
+
+Fleet = Callable[..., Any]
+Code = grpc.StatusCode
+
+
+def refused(work: Callable[[], Any], code: grpc.StatusCode, words: str = "") -> str:
+    with pytest.raises(grpc.RpcError) as error:
+        work()
+    details: str = error.value.details()
+    assert (error.value.code(), words in details) == (code, True), details
+    return details
+
+
+def test_a_round_ends_with_the_devices_mean(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, devices = fleet(3)
+    row = open_round(gateway.opener, adapter)
+    deltas = []
+    for seed, device in enumerate(devices):
+        assert device.check_in().WhichOneof("outcome") == "task"
+        assert wire.decode_adapter(device.fetch(device.task.adapter.sha256)).spec == adapter.spec
+        deltas.append(delta_of(adapter.spec, seed))
+        assert device.send(wire.encode(deltas[-1])).accepted
+    row = ended(gateway.parts.store, row)
+    frame = (gateway.folder.results / row["result"]).read_bytes()
+    mean = wire.decode_delta(frame, adapter.spec)
+    for name, array in mean.arrays.items():
+        expected = np.mean([d.arrays[name] for d in deltas], axis=0, dtype=np.float64)
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
+    assert (row["examples"], row["clients"], mean.num_examples) == (30, 3, 30)
+    gateway.closer.recover()
+    assert not list(gateway.folder.spool.iterdir())
+    assert devices[0].send(wire.encode(deltas[0])).accepted  # the answer may have been lost
+
+
+def test_the_bundle_is_fetched_whole_and_from_the_middle(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, (device,) = fleet(1, min_cohort=1, limits=Limits(chunk_bytes=1024))
+    open_round(gateway.opener, adapter)
+    device.check_in()
+    for reference in (device.task.manifest, device.task.signature, device.task.adapter):
+        data = device.fetch(reference.sha256)
+        assert (len(data), hashlib.sha256(data).digest()) == (reference.size, reference.sha256)
+        assert device.fetch(reference.sha256, offset=len(data) // 2) == data[len(data) // 2 :]
+    refused(lambda: device.fetch(bytes(32)), Code.NOT_FOUND, "none with this SHA-256")
+    refused(lambda: device.fetch(b"short"), Code.INVALID_ARGUMENT, "32 bytes")
+    sha, size = device.task.adapter.sha256, device.task.adapter.size
+    refused(lambda: device.fetch(sha, size + 1), Code.INVALID_ARGUMENT, "beyond")
+
+
+def test_tokens_are_good_once(serving: Any) -> None:
+    gateway = serving()
+    authority = gateway.parts.authority.pem
+    (text,) = invite(gateway.folder.folder)
+
+    def enrol(_: int) -> Any:
+        try:
+            return Device.enrol(text, gateway.enroll_port, gateway.port, authority=authority)
+        except grpc.RpcError as error:
+            return error.code()
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(enrol, range(8)))
+    got = [one for one in answers if isinstance(one, Device)]
+    assert (len(got), answers.count(Code.PERMISSION_DENIED)) == (1, 7)
+    got[0].check_in()
+    got[0].hang_up()
+
+
+def test_the_enrolment_port_serves_enrolment_alone(serving: Any) -> None:
+    gateway = serving()
+    credentials = grpc.ssl_channel_credentials(gateway.parts.authority.pem)
+    with grpc.secure_channel(f"{HOST}:{gateway.enroll_port}", credentials) as channel:
+        stub = edge_pb2_grpc.EdgeGatewayStub(channel)
+        refused(lambda: stub.CheckIn(edge_pb2.CheckInRequest(), timeout=10), Code.UNIMPLEMENTED)
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_no_certificate_and_a_strangers_certificate_do_not_connect(
+    fleet: Fleet, tmp_path: Any
+) -> None:
+    gateway, (device,) = fleet(1)
+    other = make_authority(tmp_path / "other", "north")
+    pem = other.issue(request_of(device.key), device.name, 10)
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    device.hang_up()
+    device.certificate = pem.public_bytes(Encoding.PEM)
+    refused(device.check_in, Code.UNAVAILABLE)
+    credentials = grpc.ssl_channel_credentials(gateway.parts.authority.pem)
+    with grpc.secure_channel(f"{HOST}:{gateway.port}", credentials) as channel:
+        stub = edge_pb2_grpc.EdgeGatewayStub(channel)
+        refused(lambda: stub.CheckIn(edge_pb2.CheckInRequest(), timeout=10), Code.UNAVAILABLE)
+
+
+def test_the_servers_own_certificate_is_no_devices(serving: Any) -> None:
+    gateway = serving()
+    key, certificate = gateway.parts.authority.server_credentials(gateway.file.hosts)
+    credentials = grpc.ssl_channel_credentials(gateway.parts.authority.pem, key, certificate)
+    with grpc.secure_channel(f"{HOST}:{gateway.port}", credentials) as channel:
+        stub = edge_pb2_grpc.EdgeGatewayStub(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            stub.CheckIn(edge_pb2.CheckInRequest(), timeout=10)
+    assert error.value.code() in (Code.PERMISSION_DENIED, Code.UNAVAILABLE)
+
+
+def test_a_revoked_device_is_refused_in_every_call_and_its_delta_is_not_counted(
+    fleet: Fleet, adapter: Adapter
+) -> None:
+    gateway, devices = fleet(2)
+    row = open_round(gateway.opener, adapter)
+    frame = wire.encode(delta_of(adapter.spec, 0))
+    for device in devices:
+        device.check_in()
+        assert device.send(frame).accepted
+    revoke(gateway.folder.folder, devices[0].name)
+    refused(devices[0].check_in, Code.PERMISSION_DENIED, "revoked")
+    refused(lambda: devices[0].begin(frame), Code.PERMISSION_DENIED, "revoked")
+    refused(lambda: devices[0].fetch(bytes(32)), Code.PERMISSION_DENIED, "revoked")
+    gateway.closer.due(now=row["deadline"])
+    assert (
+        row_of(gateway.parts.store, row)["state"] == "refused"
+    )  # one delta is left, min_cohort is 2
+
+
+def test_a_device_renews_its_certificate_without_a_token(fleet: Fleet) -> None:
+    _, (device,) = fleet(1)
+    request = edge_pb2.EnrollRequest(certificate_request=request_of(device.key))
+    reply = device.stub.Enroll(request, timeout=10)
+    assert (reply.device, reply.certificate == device.certificate) == (device.name, False)
+    device.hang_up()
+    device.certificate = reply.certificate
+    device.check_in()
+    request.token = "x"
+    refused(lambda: device.stub.Enroll(request, timeout=10), Code.INVALID_ARGUMENT, "empty here")
+
+
+def test_one_device_has_nothing_to_say_about_anothers_task(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, (one, two) = fleet(2)
+    open_round(gateway.opener, adapter)
+    one.check_in()
+    frame = wire.encode(delta_of(adapter.spec, 0))
+    one.upload(frame)
+    two.task = one.task
+    refused(lambda: two.begin(frame), Code.NOT_FOUND, "for this device")
+    refused(lambda: two.commit(frame), Code.NOT_FOUND, "for this device")
+    abort = edge_pb2.AbortRequest(task=one.task.id)
+    refused(lambda: two.stub.Abort(abort, timeout=10), Code.NOT_FOUND)
+    chunk = edge_pb2.UploadChunk(upload=one.begin(frame).upload, data=b"x", crc32=0)
+    refused(lambda: two.stub.Upload(iter([chunk]), timeout=10), Code.NOT_FOUND)
+
+
+def test_calls_without_a_sensible_deadline_are_refused(fleet: Fleet) -> None:
+    _, (device,) = fleet(1)
+    request = edge_pb2.CheckInRequest()
+    refused(lambda: device.stub.CheckIn(request), Code.INVALID_ARGUMENT, "deadline")
+    refused(
+        lambda: device.stub.CheckIn(request, timeout=5000), Code.INVALID_ARGUMENT, "at most 600"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "rule"),
+    [
+        (edge_pb2.Capabilities(runtime="x" * 300), "capabilities.runtime: 300"),
+        (edge_pb2.Capabilities(bundles=["x"] * 65), "capabilities.bundles: 65"),
+        (edge_pb2.Capabilities(engines=["x" * 300]), "capabilities.engines: 300"),
+        (edge_pb2.Capabilities(examples=1 << 60), "capabilities.examples"),
+    ],
+)
+def test_oversized_fields_are_refused_with_their_name(fleet: Fleet, said: Any, rule: str) -> None:
+    _, (device,) = fleet(1)
+    request = edge_pb2.CheckInRequest(capabilities=said)
+    refused(lambda: device.stub.CheckIn(request, timeout=10), Code.INVALID_ARGUMENT, rule)
+
+
+def test_an_oversized_message_is_refused(fleet: Fleet) -> None:
+    _, (device,) = fleet(1)
+    request = edge_pb2.CheckInRequest(resume_task="x" * (2 << 20))
+    refused(lambda: device.stub.CheckIn(request, timeout=10), Code.RESOURCE_EXHAUSTED)
+
+
+def test_the_bytes_of_a_day_are_limited(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, (device, other) = fleet(2, limits=Limits(bytes_a_day=5000, chunk_bytes=1024))
+    open_round(gateway.opener, adapter)
+    device.check_in()
+    sha = device.task.manifest.sha256
+    most = 1 + 5000 // device.task.manifest.size
+    words = "come back after midnight"
+    refused(lambda: [device.fetch(sha) for _ in range(most + 1)], Code.RESOURCE_EXHAUSTED, words)
+    frame = wire.encode(delta_of(adapter.spec, 0))
+    refused(lambda: device.begin(frame), Code.RESOURCE_EXHAUSTED, words)
+    other.check_in()  # a quota is one device's
+    other.fetch(sha)
+
+
+def test_the_calls_of_a_minute_are_limited(fleet: Fleet) -> None:
+    _, (device, other) = fleet(2, limits=Limits(calls_a_minute=4))
+    for _ in range(3):
+        device.check_in()
+    refused(device.check_in, Code.RESOURCE_EXHAUSTED, "4 a minute")
+    other.check_in()
+
+
+def test_enrolments_are_limited_whoever_tries(serving: Any) -> None:
+    gateway = serving(limits=Limits(enrolments_a_minute=2))
+    credentials = grpc.ssl_channel_credentials(gateway.parts.authority.pem)
+    with grpc.secure_channel(f"{HOST}:{gateway.enroll_port}", credentials) as channel:
+        stub = edge_pb2_grpc.EdgeGatewayStub(channel)
+        request = edge_pb2.EnrollRequest(token="guess")
+        for _ in range(2):
+            refused(lambda: stub.Enroll(request, timeout=10), Code.INVALID_ARGUMENT)
+        refused(lambda: stub.Enroll(request, timeout=10), Code.RESOURCE_EXHAUSTED, "2 a minute")
+
+
+def test_a_device_has_one_task_in_a_round(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, devices = fleet(5, cohort=3, over_selection=1.0)
+    assert devices[0].check_in().retry.min_seconds == 60
+    open_round(gateway.opener, adapter)
+    tasks = [device.check_in().task.id for device in devices]
+    assert [bool(task) for task in tasks] == [True] * 3 + [False] * 2
+    assert devices[0].check_in().task.id == tasks[0]
+    devices[1].stub.Abort(edge_pb2.AbortRequest(task=tasks[1], reason="battery"), timeout=10)
+    assert devices[3].check_in().task.id  # the place is free
+    assert devices[1].check_in().WhichOneof("outcome") == "retry"
+
+
+def test_a_dead_devices_place_is_given_to_another(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, (one, two) = fleet(
+        2, cohort=1, min_cohort=1, over_selection=1.0, limits=Limits(lease_s=0.05)
+    )
+    open_round(gateway.opener, adapter)
+    assert one.check_in().task.id
+    time.sleep(0.06)
+    assert two.check_in().task.id
+
+
+def lies(spec: AdapterSpec) -> dict[str, tuple[bytes, str]]:
+    honest = delta_of(spec, 0)
+    nan = bytearray(wire.encode(honest))
+    nan[-36:-32] = np.float32(np.nan).tobytes()
+    nan[-32:] = hashlib.sha256(nan[:-32]).digest()
+    return {
+        "another adapter": (wire.encode(delta_of(spec_of(416), 0)), "delta is of adapter"),
+        "another part": (wire.encode(delta_of(spec, 0, part=Part(factors="B"))), "delta is of"),
+        "another codec": (wire.encode(honest, codec="fp16"), "delta is in fp16"),
+        "an adapter": (wire.encode(Adapter(spec, dict(honest.arrays))), "expected kind 'delta'"),
+        "NaN": (bytes(nan), "NaN"),
+        "noise": (b"noise" * 100, "expected magic"),
+        "too many examples": (wire.encode(delta_of(spec, 0, examples=999)), "examples"),
+    }
+
+
+def test_lying_devices_are_refused_and_the_round_goes_on(fleet: Fleet, adapter: Adapter) -> None:
+    cases = lies(adapter.spec)
+    gateway, devices = fleet(len(cases) + 2, cohort=99)
+    row = open_round(gateway.opener, adapter)
+    for device, (frame, words) in zip(devices, cases.values(), strict=False):
+        device.check_in()
+        device.upload(frame)
+        reply = device.commit(frame, examples=999 if "examples" in words else None)
+        assert (reply.accepted, words in reply.reason) == (False, True), reply.reason
+        assert device.check_in().WhichOneof("outcome") == "retry"  # no second try in this round
+    assert not list(gateway.folder.spool.iterdir())
+    for seed, device in enumerate(devices[-2:]):
+        device.check_in()
+        assert device.send(wire.encode(delta_of(adapter.spec, seed))).accepted
+    gateway.closer.due(now=row["deadline"])
+    assert (
+        row_of(gateway.parts.store, row)["state"],
+        row_of(gateway.parts.store, row)["clients"],
+    ) == ("closed", 2)
+
+
+def test_a_huge_delta_is_clipped(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, devices = fleet(3, clipping_norm=1.0, cohort=99)
+    row = open_round(gateway.opener, adapter)
+    for seed, device in enumerate(devices):
+        device.check_in()
+        delta = delta_of(adapter.spec, seed).times(1e30 if seed == 0 else 1.0)
+        assert device.send(wire.encode(delta)).accepted
+    gateway.closer.due(now=row["deadline"])
+    frame = (gateway.folder.results / row_of(gateway.parts.store, row)["result"]).read_bytes()
+    assert wire.decode_delta(frame, adapter.spec).norm() <= 1.0 + 1e-6
+
+
+def test_the_order_of_arrival_changes_no_bit(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, devices = fleet(4, cohort=99)
+    frames = [wire.encode(delta_of(adapter.spec, seed, examples=10)) for seed in range(4)]
+    results = []
+    for number, order in enumerate(([0, 1, 2, 3], [3, 1, 0, 2]), start=1):
+        row = open_round(gateway.opener, adapter, number, uplink=Uplink())
+        for device, which in zip(devices, order, strict=True):
+            device.check_in()
+            assert device.send(frames[which]).accepted
+        gateway.closer.due(now=row["deadline"])
+        results.append(row_of(gateway.parts.store, row)["result"])
+    assert results[0] == results[1]
+
+
+def test_below_the_minimum_cohort_nothing_leaves(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, devices = fleet(3, min_cohort=3)
+    row = open_round(gateway.opener, adapter)
+    for seed, device in enumerate(devices[:2]):
+        device.check_in()
+        assert device.send(wire.encode(delta_of(adapter.spec, seed))).accepted
+    gateway.closer.due(now=row["deadline"])
+    row = row_of(gateway.parts.store, row)
+    assert (row["state"], row["result"]) == ("refused", None)
+    assert "2 devices sent a delta that counts, min_cohort = 3" in row["reason"]
+    assert not gateway.folder.results.exists()
+    late = devices[2]
+    assert late.check_in().WhichOneof("outcome") == "retry"
+
+
+def test_what_comes_late_is_not_wanted(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, devices = fleet(3, cohort=2)
+    row = open_round(gateway.opener, adapter)
+    frames = [wire.encode(delta_of(adapter.spec, seed)) for seed in range(3)]
+    for device in devices:
+        device.check_in()
+    devices[2].upload(frames[2])
+    for device, frame in zip(devices[:2], frames, strict=False):
+        device.send(frame)
+    ended(gateway.parts.store, row)
+    reply = devices[2].commit(frames[2])
+    assert (reply.accepted, reply.reason) == (False, "the round has ended")
+    assert devices[2].begin(frames[2]).state == edge_pb2.UploadStatus.NOT_WANTED
+
+
+def test_a_private_task_names_its_mechanism(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, (device, small) = fleet(2, record_privacy={"records": 10})
+    private = {
+        "privacy": Privacy(epsilon=8, delta=1e-4),
+        "training": Training(local_steps=3, batch_size=2),
+        "federation": Federation(rounds=2, method="ffa", deadline_s=600),
+    }
+    open_round(gateway.opener, adapter, part=Part(factors="B"), **private)
+    small.examples = 9
+    assert small.check_in().WhichOneof("outcome") == "retry"
+    task = device.check_in().task
+    assert task.privacy.sample_rate == pytest.approx(0.2)
+    assert (task.privacy.clipping_norm, task.privacy.delta) == (1.0, 1e-4)
+    assert task.privacy.noise_multiplier > 0
+    assert msgspec.json.decode(task.part) == {"factors": "B", "ranks": None, "dense": True}
+    part = Part(factors="B")
+    wrong = delta_of(adapter.spec, 0, part=part)
+    frame = wire.encode(type(wrong)(wrong.spec, wrong.arrays, 10, part=part, steps=99))
+    device.upload(frame)
+    refused_reply = device.commit(frame)
+    assert not refused_reply.accepted
+
+
+def test_an_unforeseen_error_keeps_its_text(fleet: Fleet, monkeypatch: Any) -> None:
+    gateway, (device,) = fleet(1)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a patient's name")
+
+    monkeypatch.setattr(gateway.parts.rounds, "check_in", broken)
+    details = refused(device.check_in, Code.INTERNAL)
+    assert details == "KeyError in CheckIn: see the gateway's log"
+
+
+def test_a_second_gateway_on_the_port_is_refused(serving: Any) -> None:
+    gateway = serving()
+    from anabranch.edge.gateway.server import start
+    from anabranch.protocols.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        start(gateway.folder.folder)
+
+
+def test_too_many_calls_at_once_are_refused_not_queued(serving: Any) -> None:
+    gateway = serving(limits=Limits(calls_at_once=1))
+    (device,) = enrol_many(gateway.folder, gateway, 1)
+    device.check_in()
+    with gateway.parts.quotas.call(device.name):
+        refused(device.check_in, Code.RESOURCE_EXHAUSTED, "1 at once")
+    device.check_in()
+    device.hang_up()
