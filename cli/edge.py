@@ -1,4 +1,4 @@
-"""anabranch edge: what runs on a device. Nothing here imports torch."""
+"""anabranch edge: bundles, devices, gateways. Only `export` imports torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from anabranch.cli import edge_device, edge_gateway, edge_train
+from anabranch.cli import edge_device, edge_export, edge_gateway, edge_ledger, edge_train
 from anabranch.cli.edge_trust import Home_, Trust
 from anabranch.cli.output import Json, emit, table
 
@@ -22,7 +22,11 @@ class Precision(StrEnum):
     int4 = "int4"  # bundles only
 
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run models on a device.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Bundles for devices: make, train, run, bring deltas home.",
+)
 
 
 @app.command()
@@ -77,8 +81,15 @@ def infer(
     return 0
 
 
+app.command()(edge_export.keygen)
+app.command()(edge_export.export)
+app.command()(edge_export.verify)
+app.command()(edge_export.pack)
+app.command()(edge_export.unpack)
+app.command()(edge_export.bench)
 app.command()(edge_train.train)
 app.command()(edge_train.quantize)
+app.command()(edge_ledger.ledger)
 app.command()(edge_device.enroll)
 app.command()(edge_device.pull)
 app.command()(edge_device.sync)

@@ -364,14 +364,20 @@ def request_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def enrol_many(folder: GatewayFolder, server: Any, count: int, host: str = HOST) -> list[Device]:
+def enrol_many(
+    folder: GatewayFolder, server: Any, count: int, host: str = HOST, *, at_once: int = 4
+) -> list[Device]:
     """Return that many devices of a running gateway."""
     authority = (folder.authority / "ca.pem").read_bytes()
-    texts = invite(folder.folder, count=count)
-    return [
-        Device.enrol(text, server.enroll_port, server.port, host, authority=authority)
-        for text in texts
-    ]
+
+    def enrol(text: str) -> Device:
+        device: Device = patiently(
+            lambda: Device.enrol(text, server.enroll_port, server.port, host, authority=authority)
+        )
+        return device
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(enrol, invite(folder.folder, count=count)))
 
 
 def patiently(work: Callable[[], Any], attempts: int = 40, wait_s: float = 0.1) -> Any:
@@ -390,11 +396,19 @@ def patiently(work: Callable[[], Any], attempts: int = 40, wait_s: float = 0.1) 
     raise RuntimeError("no attempt was made")
 
 
-def load(devices: int, values: int, *, at_once: int = 16) -> dict[str, float]:
+def load(
+    devices: int,
+    values: int,
+    *,
+    at_once: int = 16,
+    host: str = HOST,
+    prefix: tuple[str, ...] = (),
+) -> dict[str, float]:
     """Return the figures of one round with so many devices and values per delta.
 
     seconds: from the first check-in to the aggregate, of the whole machine: the devices of the
-    load run beside the server.
+    load run beside the server. `host` and `prefix`: where the server listens, and a command
+    around it, to put it into another network.
     """
     spec = spec_of(values)
     with tempfile.TemporaryDirectory() as where:
@@ -403,13 +417,15 @@ def load(devices: int, values: int, *, at_once: int = 16) -> dict[str, float]:
             spec,
             cohort=devices,
             min_cohort=devices,
+            hosts=(host,),
+            address="127.0.0.1" if host == HOST else host,
             limits=GatewayLimits(enrolments_a_minute=10 * devices),
         )
-        with serve(folder) as server:
+        with serve(folder, prefix) as server:
             idle = server.peak_mb()
-            fleet = enrol_many(folder, server, devices)
-            for device in fleet:
-                device.check_in()
+            fleet = enrol_many(folder, server, devices, host, at_once=min(at_once, 8))
+            with ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(lambda device: patiently(device.check_in), fleet))
             opener = opener_of(folder)
             assignment = Assignment(run="load", round=1, config=config_of())
             began = time.perf_counter()
@@ -447,9 +463,17 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=200)
     parser.add_argument("--values", type=int, default=1_000_000)
     parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--host", default=HOST, help="where the server listens")
+    parser.add_argument("--prefix", default="", help="a command around the server")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found = load(given.devices, given.values, at_once=given.at_once)
+    found = load(
+        given.devices,
+        given.values,
+        at_once=given.at_once,
+        host=given.host,
+        prefix=tuple(given.prefix.split()),
+    )
     print(json.dumps(found))
     return 0
 

@@ -47,7 +47,8 @@ from anabranch.edge.runtime.training import Checkpoints, Trained, num_steps, tra
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import DeviceError, PrivacyError, ProtocolError
 from anabranch.protocols.part import Part
-from anabranch.protocols.tables import Count, Training, Uplink
+from anabranch.protocols.spec import shown
+from anabranch.protocols.tables import Count, Name, Training, Uplink
 from anabranch.protocols.wire import MAX_FRAME, decode_adapter, digest, encode
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 FOLDER = "task"  # below Home.training
 FILE = "task.pb"
 PRIVATE, DELTA = "private.json", "delta.bin"
-MAX_FILE = 4 << 20  # bytes of task.pb
 T = TypeVar("T")
 
 
@@ -89,6 +89,8 @@ def checked(task: edge_pb2.Task) -> Work:
     """Return what a task asks for; raise ProtocolError naming the first field that is wrong."""
     if not 0 < len(task.id) <= MAX_TASK or not 0 < len(task.run) <= MAX_TASK:
         raise ProtocolError(f"task: id and run: expected 1 to {MAX_TASK} characters each")
+    if not _is_name(task.bundle) or task.bundle_version < 1:
+        raise ProtocolError(f"task {task.id}: {shown(task.bundle)} is no name of a bundle")
     if not 0 < task.max_upload_bytes <= MAX_FRAME or not task.deadline_unix < 2**53:
         raise ProtocolError(
             f"task {task.id}: max_upload_bytes {task.max_upload_bytes} or deadline_unix "
@@ -136,7 +138,8 @@ def remembered(home: Home) -> edge_pb2.Task | None:
 
 def forget(home: Home, task: edge_pb2.Task) -> None:
     """Remove task.pb and the state of its training."""
-    shutil.rmtree(_folder(home, task.bundle), ignore_errors=True)
+    if _is_name(task.bundle):
+        shutil.rmtree(_folder(home, task.bundle), ignore_errors=True)
     (home.folder / FILE).unlink(missing_ok=True)
 
 
@@ -172,7 +175,7 @@ def perform(
         opened.set_params(adapter.arrays)
         about = {"bundle": bundle.digest, "engine": engine, "task": work.id}
         place = Checkpoints(folder=_folder(home, work.bundle), about=about)
-        frame, delta = _trained(work, bundle, records, opened, place, home, should_stop)
+        frame, steps = _trained(work, bundle, records, opened, place, home, should_stop)
     if len(frame) > work.max_upload_bytes:
         raise ProtocolError(
             f"task {work.id}: its delta has {len(frame)} bytes, the gateway takes "
@@ -182,7 +185,7 @@ def perform(
         work.id,
         frame,
         examples=len(records),
-        steps=delta,
+        steps=steps,
         deadline_unix=work.deadline_unix,
     )
 
@@ -299,6 +302,15 @@ def _settled_delta(folder: Path, found: _Reserved) -> bytes:
 
 def _folder(home: Home, bundle: str) -> Path:
     return home.training(bundle) / FOLDER
+
+
+def _is_name(text: str) -> bool:
+    """Return whether a bundle may have this name; it becomes the name of a folder."""
+    try:
+        msgspec.convert(text, Name)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _table(data: bytes, kind: type[T], name: str) -> T:

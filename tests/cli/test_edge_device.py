@@ -9,6 +9,7 @@ import pytest
 from anabranch.cli.main import run
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.spool import Spool
+from anabranch.edge.runtime.transport import Gateway
 from tests.edge.gateways import FakeGateway, enrolled_at, invitation_of, new_authority, served
 
 
@@ -60,7 +61,7 @@ def test_sync_without_data_sends_what_waits(
 def test_sync_says_that_the_gateway_is_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(Gateway, "wait", lambda self, failures: None)
     fake, home = FakeGateway(new_authority(tmp_path / "ca")), Home(tmp_path / "home")
     with enrolled_at(fake, home):
         pass

@@ -28,7 +28,7 @@ State = edge_pb2.UploadStatus
 
 
 @dataclass
-class FakeGateway(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
+class FakeGateway(edge_pb2_grpc.EdgeGatewayServicer):
     """Serves files and takes uploads. `cut`: chunks after which a stream breaks, once."""
 
     authority: Authority
@@ -106,8 +106,8 @@ class FakeGateway(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
         return status
 
     def Upload(self, chunks: Iterator[edge_pb2.UploadChunk], context: Any) -> edge_pb2.UploadStatus:
-        name, count = "", 0
-        for chunk in chunks:
+        name = ""
+        for count, chunk in enumerate(chunks):
             name = chunk.upload
             if self.cut == count:
                 self.cut = None
@@ -119,7 +119,6 @@ class FakeGateway(edge_pb2_grpc.EdgeGatewayServicer):  # type: ignore[misc]
                 context.abort(grpc.StatusCode.OUT_OF_RANGE, "a gap")
             there += chunk.data
             self.received.append((chunk.offset, len(chunk.data)))
-            count += 1
         return self._status(name)
 
     def Commit(self, request: edge_pb2.CommitRequest, context: Any) -> edge_pb2.CommitReply:

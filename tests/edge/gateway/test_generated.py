@@ -14,4 +14,4 @@ def test_the_generated_code_is_that_of_the_proto(name: str) -> None:
 def test_the_modules_import_each_other_under_the_package_name() -> None:
     from anabranch.edge.generated import edge_pb2_grpc
 
-    assert edge_pb2_grpc.anabranch_dot_edge_dot_generated_dot_edge__pb2 is edge_pb2
+    assert edge_pb2 in vars(edge_pb2_grpc).values()

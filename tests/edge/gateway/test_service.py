@@ -355,7 +355,7 @@ def test_what_comes_late_is_not_wanted(fleet: Fleet, adapter: Adapter) -> None:
 
 def test_a_private_task_names_its_mechanism(fleet: Fleet, adapter: Adapter) -> None:
     gateway, (device, small) = fleet(2, record_privacy={"records": 10})
-    private = {
+    private: dict[str, Any] = {
         "privacy": Privacy(epsilon=8, delta=1e-4),
         "training": Training(local_steps=3, batch_size=2),
         "federation": Federation(rounds=2, method="ffa", deadline_s=600),
@@ -404,3 +404,21 @@ def test_too_many_calls_at_once_are_refused_not_queued(serving: Any) -> None:
         refused(device.check_in, Code.RESOURCE_EXHAUSTED, "1 at once")
     device.check_in()
     device.hang_up()
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_reflection_is_off_unless_asked_for(fleet: Fleet, on: bool) -> None:
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    _, (device,) = fleet(1, **({"reflection": True} if on else {}))
+    stub = reflection_pb2_grpc.ServerReflectionStub(device.channels[0])
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+
+    def ask() -> list[str]:
+        (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=10)
+        return [one.name for one in answer.list_services_response.service]
+
+    if on:
+        assert "anabranch.edge.v1.EdgeGateway" in ask()
+    else:
+        refused(ask, Code.UNIMPLEMENTED)

@@ -11,10 +11,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from anabranch.client import flower
+from anabranch.client.privacy import epsilon_of as epsilon_by_prv
 from anabranch.edge.gateway.asking import CLIENT, collecting_s, spends_of
 from anabranch.edge.gateway.upstream import GatewaySite
 from anabranch.protocols import rdp, wire
-from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import (
     ConfigError,
     DataError,
@@ -22,10 +23,12 @@ from anabranch.protocols.errors import (
     ProtocolError,
     RunError,
 )
-from anabranch.protocols.messages import Assignment, Refused
+from anabranch.protocols.messages import Assignment, Refused, Trained
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.spend import Spend
 from anabranch.protocols.tables import Federation, Privacy, Task, Training, Uplink
+from anabranch.server.flower import Failure, Peer, read_trained
 from anabranch.simulations.grid import InProcessGrid
 from benchmarks.edge.gateway_load import adapter_of, config_of, delta_of, spec_of
 from tests.gateway_cases import open_round
@@ -68,14 +71,19 @@ def test_a_flower_message_in_and_the_devices_mean_out(
     with InProcessGrid(app, ["gateway"]) as grid:
         describe = flower.pack_describe(flower.Describe(run="run", config=config_of()))
         described = flower.unpack_described(_ask(grid, describe, flower.DESCRIBE))
+        assert isinstance(described, flower.Described)
         assert (described.site, described.num_examples, described.held_out) == ("north", 30, 0)
         working = answering(devices, frames)
         first = _ask(grid, content, "train")
         working.join()
-        trained, mean = flower.unpack_trained(first, adapter.spec, Part(), uplink)
-        again, same = flower.unpack_trained(
-            _ask(grid, content, "train"), adapter.spec, Part(), uplink
-        )
+        second = _ask(grid, content, "train")
+    peer = Peer("north", 1, described.num_examples, described.held_out)
+    taken = read_trained(
+        first, peer, spec=adapter.spec, parts={"north": Part()}, uplink=uplink
+    )  # as the coordinator does
+    assert not isinstance(taken, Failure), taken.message
+    trained, mean = _unpacked(first, adapter.spec, uplink)
+    again, same = _unpacked(second, adapter.spec, uplink)
     assert (trained.site, trained.num_examples, trained.steps) == ("north", 30, 3)
     assert (trained.num_examples, trained.steps) == (mean.num_examples, mean.steps)
     assert again == trained
@@ -84,6 +92,12 @@ def test_a_flower_message_in_and_the_devices_mean_out(
         expected = np.mean([d.arrays[name] for d in deltas], axis=0, dtype=np.float64)
         tolerance = 1e-6 if codec == "fp32" else 0.1
         np.testing.assert_allclose(array, expected, atol=tolerance)
+
+
+def _unpacked(content: RecordDict, spec: AdapterSpec, uplink: Uplink) -> tuple[Trained, Delta]:
+    got = flower.unpack_trained(content, spec, Part(), uplink)
+    assert not isinstance(got, Refused)
+    return got
 
 
 def _ask(grid: InProcessGrid, content: RecordDict, kind: str) -> RecordDict:
@@ -184,11 +198,14 @@ def test_record_privacy_is_one_mechanism_with_a_true_epsilon(
     mechanisms = {(one.noise_multiplier, one.sample_rate, one.delta, one.steps) for one in said}
     assert len(mechanisms) == 1
     ((sigma, rate, delta, steps),) = mechanisms
-    once, twice = (
-        rdp.Spend(noise_multiplier=sigma, sample_rate=rate, steps=n * steps) for n in (1, 2)
-    )
+    assert sigma is not None
+    assert rate is not None
+    assert delta is not None
+    once, twice = (Spend(noise_multiplier=sigma, sample_rate=rate, steps=n * steps) for n in (1, 2))
     epsilons = [rdp.epsilon_of([one], delta) for one in (once, twice)]
     assert [one.epsilon for one in said] == pytest.approx(epsilons)
+    # What the coordinator's own accountant finds is below what is stated.
+    assert epsilon_by_prv([twice], delta) <= epsilons[1]
     assert epsilons[1] <= 8 * (1 + 1e-6)
 
 

@@ -18,7 +18,7 @@ from anabranch.edge.runtime.conditions import (
 )
 from anabranch.edge.runtime.device_file import Conditions
 
-GOOD = {
+GOOD: dict[str, Any] = {
     "battery": 0.9,
     "charging": True,
     "temperature_c": 30.0,

@@ -84,7 +84,8 @@ def test_goes_on_by_itself_when_a_stream_breaks(fake: FakeGateway, tmp_path: Pat
 
 
 def test_a_damaged_chunk_is_asked_for_again(fake: FakeGateway, tmp_path: Path) -> None:
-    file, damaged = asked(fake), []
+    file = asked(fake)
+    damaged: list[int] = []
 
     def damage(chunk: edge_pb2.Chunk) -> edge_pb2.Chunk:
         if chunk.offset == CHUNK and not damaged:

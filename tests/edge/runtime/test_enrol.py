@@ -21,6 +21,7 @@ from anabranch.edge.runtime.enrol import (
     read_enrolled,
     renew,
 )
+from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.trust import read_trusted
 from anabranch.protocols.errors import DeviceError
@@ -175,7 +176,7 @@ def test_a_certificate_for_another_key_is_refused(fake: FakeGateway, tmp_path: P
 def test_a_disk_that_fails_half_way_leaves_a_device_that_is_not_enrolled(
     fake: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home, real = Home(tmp_path / "home"), enrolment.write_atomic
+    home, real = Home(tmp_path / "home"), write_atomic
 
     def failing(path: Path, *arguments: Any) -> None:
         if path == home.gateway:

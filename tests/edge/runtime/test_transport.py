@@ -117,7 +117,7 @@ def test_an_expired_certificate_is_noticed_before_a_call(
         patch.setattr("anabranch.edge.gateway.authority._now", lambda: past)
         write_identity(fake.authority, home)
     home.gateway.write_bytes(msgspec.json.encode(Enrolled(device="d-1", address="127.0.0.1:9")))
-    with pytest.raises(DeviceError, match="certificate ended on .*--force"):
+    with pytest.raises(DeviceError, match=r"certificate ended on .*--force"):
         connect(home)
 
 
