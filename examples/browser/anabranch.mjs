@@ -31,13 +31,14 @@ export async function openBundle(read, trusted) {
     return data;
   };
 
-  /** Return a session: makeSession(graph bytes, [{path, data}], file name); all verified first. */
+  /** Return a session: makeSession(graph bytes, [{path, data}]), every byte verified first. */
   const session = async (makeSession, name) => {
     const graph = manifest.graphs[name];
     if (!graph) throw new Error(`${name}: expected one of ${Object.keys(manifest.graphs)}`);
     const data = [];
     for (const path of graph.data ?? []) data.push({path, data: await file(path)});
-    return makeSession(await file(graph.file), data, graph.file);
+    const adapter = new Set(manifest.spec.tensors.map(([tensor]) => tensor));
+    return makeSession(withoutDefaults(await file(graph.file), adapter), data);
   };
 
   const tokenizer = manifest.files['tokenizer.json']
@@ -65,6 +66,72 @@ export function readFrame(bytes) {
   return tensors;
 }
 
+/**
+ * Return an ONNX model without the initializers called `names`: then these inputs must be fed.
+ *
+ * An inference graph holds the released adapter as defaults, which onnxruntime's JavaScript
+ * packages do not let a caller replace. Protobuf: the model's field 7 is the graph, whose field 5
+ * is an initializer, whose field 8 is its name.
+ */
+export function withoutDefaults(model, names) {
+  const keep = (bytes, change) => {
+    const parts = [];
+    for (const field of fields(bytes)) parts.push(...change(field));
+    return concat(parts);
+  };
+  const named = (tensor) => fields(tensor).some((f) => f.number === 8 && names.has(TEXT.decode(f.body)));
+  return keep(model, (field) => {
+    if (field.number !== 7) return [field.all];
+    const graph = keep(field.body, (f) => (f.number === 5 && named(f.body) ? [] : [f.all]));
+    return [varint((7 << 3) | 2), varint(graph.length), graph];
+  });
+}
+
+/** Return [{number, body, all}] of a protobuf message. */
+function fields(bytes) {
+  const found = [];
+  for (let at = 0; at < bytes.length; ) {
+    const begin = at;
+    const next = () => {
+      let value = 0;
+      for (let shift = 1; ; shift *= 128) {
+        const byte = bytes[at++];
+        value += (byte & 127) * shift;
+        if (byte < 128) return value;
+      }
+    };
+    const tag = next();
+    let start = at;
+    if (tag % 8 === 0) next();
+    else if (tag % 8 === 1) at += 8;
+    else if (tag % 8 === 5) at += 4;
+    else {
+      const size = next();
+      start = at;
+      at += size;
+    }
+    if (at > bytes.length) throw new Error('the graph is cut off');
+    found.push({number: Math.floor(tag / 8), body: bytes.subarray(start, at), all: bytes.subarray(begin, at)});
+  }
+  return found;
+}
+
+function varint(value) {
+  const bytes = [];
+  for (; value > 127; value = Math.floor(value / 128)) bytes.push((value % 128) | 128);
+  return Uint8Array.from([...bytes, value]);
+}
+
+function concat(parts) {
+  const result = new Uint8Array(parts.reduce((size, part) => size + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    result.set(part, at);
+    at += part.length;
+  }
+  return result;
+}
+
 /** Run a training step. Returns the loss Σ w ℓ and the gradient of every tensor of the adapter. */
 export async function step(ort, session, batch, adapter) {
   const feeds = {...inputs(ort, batch), ...tensors(ort, adapter)};
@@ -78,8 +145,8 @@ export async function step(ort, session, batch, adapter) {
   return {loss: out.loss.data[0], logits: out.logits.data, gradients};
 }
 
-/** Return the logits (rows × labels, flat). Without `adapter` the released one is used. */
-export async function infer(ort, session, batch, adapter = {}) {
+/** Return the logits (rows × labels, flat). */
+export async function infer(ort, session, batch, adapter) {
   const out = await session.run({...inputs(ort, batch), ...tensors(ort, adapter)});
   return out.logits.data;
 }

@@ -7,11 +7,8 @@ import {AdamW, infer, openBundle, step} from '../../../examples/browser/anabranc
 const [, , packages, folder, trusted] = process.argv;
 const ort = createRequire(path.resolve(packages, 'package.json'))('onnxruntime-node');
 const read = async (name) => new Uint8Array(fs.readFileSync(path.join(folder, name)));
-const makeSession = (bytes, data, file) =>
-  ort.InferenceSession.create(path.join(folder, file), {
-    intraOpNumThreads: 1,
-    logSeverityLevel: 3,
-  });
+const makeSession = (graph, externalData) =>
+  ort.InferenceSession.create(graph, {intraOpNumThreads: 1, logSeverityLevel: 3, externalData});
 
 const bundle = await openBundle(read, trusted);
 const jobs = JSON.parse(fs.readFileSync(0, 'utf8'));
@@ -21,7 +18,7 @@ for (const job of jobs) {
   const session = (sessions[job.graph] ??= await bundle.session(makeSession, job.graph));
   const batch = {...bundle.tokenizer.batch(job.texts), labels: job.labels};
   if (job.graph.startsWith('infer')) {
-    results.push({shape: batch.shape, logits: [...(await infer(ort, session, batch))]});
+    results.push({logits: [...(await infer(ort, session, batch, bundle.adapter))]});
     continue;
   }
   const optimizer = new AdamW({learningRate: job.learning_rate});

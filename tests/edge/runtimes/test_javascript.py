@@ -47,8 +47,13 @@ def run_node(packages: Path, bundle: Signed, jobs: list[dict[str, Any]]) -> Any:
 
 
 def close(got: Any, expected: Any, tolerance: float) -> None:
-    got, expected = np.asarray(got, float), np.asarray(expected, float)
-    assert np.abs(got - expected).max() <= tolerance * max(1e-12, np.abs(expected).max())
+    """Compare by norm: AdamW makes steps of full size of gradients that are almost zero."""
+    got, expected = np.asarray(got, float).ravel(), np.asarray(expected, float).ravel()
+    assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def joined(tensors: Any, names: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(tensors[name]) for name in names])
 
 
 def test_node_computes_what_python_computes(
@@ -74,20 +79,13 @@ def test_node_computes_what_python_computes(
     for job, ids in zip(jobs, answer["ids"], strict=True):
         assert ids == [bundle.tokenizer.encode(text) for text in job["texts"]]
     int8, fp32, trained = answer["results"]
-    for precision, result, inputs, tolerance in (
-        ("int8", int8, texts, 1e-2),
-        ("fp32", fp32, HARD, 1e-4),
-    ):
-        expected = Predictor.open(bundle, precision=precision).logits(inputs)  # type: ignore[arg-type]
-        if np.abs(expected).max() > 0:
-            close(np.reshape(result["logits"], expected.shape), expected, tolerance)
+    close(int8["logits"], Predictor.open(bundle, precision="int8").logits(texts), 1e-2)
+    close(fp32["logits"], Predictor.open(bundle, precision="fp32").logits(HARD), 1e-4)
     losses, gradients, adapter = python_steps(bundle, texts, labels)
     close(trained["losses"], losses, 1e-4)
     assert losses[-1] < losses[0]
-    for name, gradient in gradients.items():
-        close(trained["gradients"][name], gradient.reshape(-1), 1e-4)
-    for name, tensor in adapter.items():
-        close(trained["adapter"][name], tensor.reshape(-1), 1e-3)
+    close(joined(trained["gradients"], gradients), joined(gradients, gradients), 1e-4)
+    close(joined(trained["adapter"], adapter), joined(adapter, adapter), 1e-4)
 
 
 def python_steps(bundle: Any, texts: list[str], labels: np.ndarray) -> tuple[Any, Any, Any]:
