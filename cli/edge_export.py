@@ -28,9 +28,12 @@ def keygen(
     """Make a key that signs bundles (Ed25519)."""
     from anabranch.edge.runtime.files import write_atomic
     from anabranch.edge.runtime.trust import new_key
+    from anabranch.protocols.errors import BundleError
 
-    public = new_key(key).hex()
     beside = key.with_name(key.name + ".pub")
+    if beside.exists():
+        raise BundleError(f"{beside}: exists, and a key is never overwritten; choose another path")
+    public = new_key(key).hex()
     write_atomic(beside, f"{public}\n".encode())
     text = f"private key  {key}  (keep it; whoever has it can sign)\npublic key   {beside}"
     emit({"private": str(key), "public": str(beside), "key": public}, text, as_json=as_json)
@@ -38,7 +41,7 @@ def keygen(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder with a release.")],
+    run: Annotated[Path, typer.Argument(help="A run folder with a release, or a run.toml.")],
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder; must not exist.")],
     key: Annotated[Path, typer.Option(help="Private key that signs it (edge keygen).")],
     records: Annotated[
@@ -61,7 +64,10 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Make a signed bundle for devices from a run's release."""
+    """Make a signed bundle for devices from a run's release, or from what a run.toml starts with.
+
+    The second is for a gateway's first run: devices need the bundle before there is a release.
+    """
     from anabranch.edge.export.bundle import PRECISIONS, Request
     from anabranch.edge.export.from_run import export_run
 

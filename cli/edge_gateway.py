@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from anabranch.cli.edge_trust import public_key
 from anabranch.cli.output import Json, emit, table
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ def init(
     ] = None,
     key: Annotated[
         list[str] | None,
-        typer.Option("--key", help="Public key that signs bundles, 64 hex digits."),
+        typer.Option("--key", help="Public key that signs bundles: 64 hex digits, or KEY.pub."),
     ] = None,
     cohort: Annotated[int | None, typer.Option(help="Deltas that end a round early.")] = None,
     min_cohort: Annotated[int | None, typer.Option(help="With fewer, nothing leaves.")] = None,
@@ -47,7 +48,7 @@ def init(
         port=port,
         enroll_port=enroll_port,
         bundles=[str(Path(one).resolve()) for one in bundle or []],
-        bundle_keys=key or [],
+        bundle_keys=[public_key(text, "--key").hex() for text in key or []],
         cohort=cohort,
         min_cohort=min_cohort,
     )

@@ -32,7 +32,7 @@ def trusted_keys(trust: Sequence[str] | None, home: Path | None) -> list[bytes]:
     from anabranch.edge.runtime.trust import read_trusted
 
     if trust:
-        return [_key(text) for text in trust]
+        return [public_key(text) for text in trust]
     place = Home.default() if home is None else Home(home)
     keys = list(read_trusted(place.trusted))
     if not keys:
@@ -43,15 +43,16 @@ def trusted_keys(trust: Sequence[str] | None, home: Path | None) -> list[bytes]:
     return keys
 
 
-def _key(text: str) -> bytes:
+def public_key(text: str, option: str = "--trust") -> bytes:
+    """Return the key in 64 hex digits, or in a file with them; BundleError names the option."""
     path = Path(text)
     try:
         digits = path.read_text().strip() if path.is_file() else text.strip()
         key = bytes.fromhex(digits)
     except (OSError, ValueError) as error:
         raise BundleError(
-            f"--trust {text}: expected {KEY_DIGITS} hex digits or a file with them ({error})"
+            f"{option} {text}: expected {KEY_DIGITS} hex digits or a file with them ({error})"
         ) from None
     if len(digits) != KEY_DIGITS:
-        raise BundleError(f"--trust {text}: expected {KEY_DIGITS} hex digits, got {len(digits)}")
+        raise BundleError(f"{option} {text}: expected {KEY_DIGITS} hex digits, got {len(digits)}")
     return key

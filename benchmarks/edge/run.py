@@ -22,8 +22,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ from anabranch.edge.runtime.bundle_manifest import ADAPTER, Manifest
 from anabranch.edge.runtime.trust import load_private, new_key
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
-from benchmarks.edge import install, task
+from benchmarks.edge import gateway_load, install, task
 from benchmarks.edge.processes import Process, device_python
 from benchmarks.harness import Figure, header, options, ratio, report
 
 THREADS = 1
 BATCHES = (1, 4, 8, 16)
 MICRO = 4
+VALUES = 1_000_000  # of a delta, for the gateway
 PRECISIONS = ("fp32", "int8", "int4")
 TORCH = f"torch {torch.__version__}, eager"
 MIB = 2**20
@@ -60,10 +62,11 @@ class Work:
     train_steps: int
     test: int | None
     latency: int
+    devices: tuple[int, int]
 
 
-FULL = Work(turns=9, steps=2, train_steps=160, test=None, latency=60)
-QUICK = Work(turns=3, steps=1, train_steps=10, test=200, latency=10)
+FULL = Work(turns=9, steps=2, train_steps=160, test=None, latency=60, devices=(50, 200))
+QUICK = Work(turns=3, steps=1, train_steps=10, test=200, latency=10, devices=(10, 30))
 
 
 def bundle(folder: Path, work: Work) -> tuple[Manifest, str, Adapter]:
@@ -92,25 +95,26 @@ def step_figures(folder: str, key: str, work: Work) -> list[Figure]:
     with (
         Process("torch_worker.py") as peer,
         Process("worker.py", device) as joint,
+        Process("worker.py", device) as private,  # an engine holds one session at a time
         Process("worker.py") as compat,
     ):
-        for one in (joint, compat):
+        for one in (joint, private, compat):
             one.ask("open", folder=folder, key=key)
         times: dict[tuple[str, int], list[float]] = {}
         for records in BATCHES:
-            asks = {
-                "torch": lambda count, n=records: peer.ask(
-                    "step", records=n, tokens=task.TOKENS, count=count
-                ),
-                "joint": lambda count, n=records: _step(joint, "joint", n, count, None),
-                "dp": lambda count, n=records: _step(joint, "joint", n, count, 1.0),
-                "ort": lambda count, n=records: _step(compat, "ort-training", n, count, None),
+            shape = {"records": records, "tokens": task.TOKENS}
+            plain = {**shape, "precision": "fp32", "clip": None}
+            asks: dict[str, Callable[..., Any]] = {
+                "torch": partial(peer.ask, "step", **shape),
+                "joint": partial(joint.ask, "step", engine="joint", **plain),
+                "dp": partial(private.ask, "step", engine="joint", **(plain | {"clip": 1.0})),
+                "ort": partial(compat.ask, "step", engine="ort-training", **plain),
             }
             for ask in asks.values():
-                ask(2)
+                ask(count=2)
             for _ in range(work.turns):
                 for name, ask in asks.items():
-                    found = statistics.median(ask(work.steps)["seconds"])
+                    found = statistics.median(ask(count=work.steps)["seconds"])
                     times.setdefault((name, records), []).append(found)
     figures = []
     for title, name, over, target, who in (
@@ -285,6 +289,23 @@ def executorch_figures(folder: str, key: str, work: Work) -> list[Figure]:
     ]  # fmt: skip
 
 
+def gateway_figures(work: Work) -> list[Figure]:
+    """Return devices served per second, the server's peak, and how the cost grows with devices."""
+    few, many = work.devices
+    found = {count: gateway_load.load(count, VALUES) for count in (few, many)}
+    one = found[many]
+    growth = one["seconds"] / many / (found[few]["seconds"] / few)
+    note = f"{many} devices, {VALUES:,} values each; devices and server on the same cores"
+    return [
+        Figure(figure="gateway.devices_per_second", value=one["devices_per_second"],
+               unit="1/s", note=note),
+        Figure(figure="gateway.peak_mb", value=one["peak_rss_mb"], unit="MiB",
+               note=f"of the server; with {few} devices {found[few]['peak_rss_mb']:.0f}"),
+        Figure(figure="gateway.growth", value=growth, unit="ratio",
+               note=f"seconds a device with {many} devices / with {few}; 1 is linear"),
+    ]  # fmt: skip
+
+
 def install_figures(work: Work) -> list[Figure]:
     """Return installed bytes and import time of a device's environment beside torch."""
     python = device_python()
@@ -322,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             *quality_figures(folder, manifest, key, adapter, work),
             *executorch_figures(str(folder / "bundle"), key, work),
             *install_figures(work),
+            *gateway_figures(work),
             Figure(figure="export.seconds", value=seconds, unit="s",
                    note="three precisions, artifacts, measured and signed"),
         ]  # fmt: skip

@@ -18,8 +18,9 @@ if "torch" not in sys.modules:
 import numpy as np
 
 from anabranch.edge.runtime.bundle import open_bundle
+from anabranch.edge.runtime.bundle_manifest import Precision
 from anabranch.edge.runtime.data import read_records
-from anabranch.edge.runtime.engine import Batch
+from anabranch.edge.runtime.engine import Batch, EngineName
 from anabranch.edge.runtime.joint import open_engine
 from anabranch.edge.runtime.measure import made_up, peak_bytes
 from anabranch.edge.runtime.optimizer import fresh, update
@@ -39,20 +40,28 @@ class Worker:
         self.bundle = open_bundle(Path(folder), trusted=[bytes.fromhex(key)])
         return {"digest": self.bundle.digest}
 
-    def engine(self, engine: str, precision: str, memory_bytes: int | None = None) -> Any:
+    def engine(
+        self, engine: EngineName, precision: Precision, memory_bytes: int | None = None
+    ) -> Any:
         at = (engine, precision)
         if at not in self.engines:
             self.engines[at] = open_engine(
                 self.bundle,
-                engine=engine,  # type: ignore[arg-type]
-                precision=precision,  # type: ignore[arg-type]
+                engine=engine,
+                precision=precision,
                 threads=1,
                 memory_bytes=memory_bytes,
             )
         return self.engines[at]
 
     def step(
-        self, engine: str, precision: str, records: int, tokens: int, count: int, clip: float | None
+        self,
+        engine: EngineName,
+        precision: Precision,
+        records: int,
+        tokens: int,
+        count: int,
+        clip: float | None,
     ) -> dict[str, Any]:
         """Return CPU seconds of each of `count` gradient steps on one whole batch."""
         run = self.engine(engine, precision, 1 << 40)
@@ -67,7 +76,7 @@ class Worker:
         return {"seconds": seconds}
 
     def memory(
-        self, engine: str, precision: str, records: int, tokens: int, micro: int
+        self, engine: EngineName, precision: Precision, records: int, tokens: int, micro: int
     ) -> dict[str, Any]:
         """Return the peak of this whole process over AdamW steps of `records`, in micro-batches."""
         run = self.engine(engine, precision, 1 << 40)
@@ -88,7 +97,7 @@ class Worker:
             run.set_params(params)
         return {"peak": peak_bytes()}
 
-    def train(self, precision: str, data: str, steps: int, out: str) -> dict[str, Any]:
+    def train(self, precision: Precision, data: str, steps: int, out: str) -> dict[str, Any]:
         """Train from the bundle's adapter; return losses, write the adapter's frame."""
         records = read_records(Path(data), self.bundle.manifest, self.bundle.tokenizer)
         engine = self.engine("joint", precision, 1 << 40)
@@ -97,7 +106,7 @@ class Worker:
         Path(out).write_bytes(wire.encode(done.adapter))
         return {"losses": list(map(float, done.losses)), "seconds": done.seconds}
 
-    def accuracy(self, precision: str, data: str, adapter: str) -> dict[str, Any]:
+    def accuracy(self, precision: Precision, data: str, adapter: str) -> dict[str, Any]:
         """Return the accuracy of an adapter over the inference graph of a precision."""
         frame = Path(adapter).read_bytes()
         loaded = wire.decode_adapter(frame, self.bundle.manifest.spec)
@@ -107,14 +116,14 @@ class Worker:
             self.bundle,
             precision=precision,
             adapter=loaded,
-            threads=1,  # type: ignore[arg-type]
+            threads=1,
         )
         logits = predictor.logits([row["text"] for row in rows])
         return {"accuracy": float((logits.argmax(1) == labels).mean())}
 
-    def latency(self, precision: str, count: int, tokens: int) -> dict[str, Any]:
+    def latency(self, precision: Precision, count: int, tokens: int) -> dict[str, Any]:
         """Return CPU seconds of single records of `tokens` tokens."""
-        predictor = Predictor.open(self.bundle, precision=precision, threads=1)  # type: ignore[arg-type]
+        predictor = Predictor.open(self.bundle, precision=precision, threads=1)
         feeds = made_up(self.bundle.manifest, 1, tokens)
         seconds = []
         for _ in range(count):

@@ -34,7 +34,7 @@ from anabranch.client.tuning.text import TextClassifier
 from anabranch.client.tuning.vision import ImageClassifier
 from anabranch.edge.export.artifacts import artifacts
 from anabranch.edge.export.joint import infer_graph, step_graph
-from anabranch.edge.export.joint_check import check_against_torch
+from anabranch.edge.export.joint_check import check_against_torch, torch_accuracy
 from anabranch.edge.export.onnx import input_names
 from anabranch.edge.export.quantize import oldest_onnxruntime, quantize_infer, quantize_step
 from anabranch.edge.export.tokenizer import tokenizer_data, write_tokenizer
@@ -68,6 +68,7 @@ MICRO_BATCH = 4  # records of full length that the default memory limit has room
 MAX_RECORDS = 256
 LATENCY_RUNS = 40
 INT4_TOLERANCE = 0.015
+FP32_TOLERANCE = 1e-3  # accuracy, or one record if that is more: ties may break differently
 PACKAGES = ("anabranch", "torch", "onnx", "onnxruntime", "onnxruntime-training-cpu", "numpy")
 
 Inputs = Sequence[str] | NDArray[np.float32]
@@ -110,11 +111,13 @@ def make_bundle(
     `inputs` and `labels` are held-out records; `classifier` is left with the adapter loaded.
 
     Raises:
-        ReleaseError: the folder exists, a graph does not compute what torch computes, or a
-            precision loses more accuracy than `request.tolerance` (int8: the run's
-            release.int8_tolerance; int4: INT4_TOLERANCE). There is no folder then.
+        ReleaseError: the folder exists, a graph does not compute what torch computes, the fp32
+            graph is not as accurate as torch, or a precision loses more accuracy than
+            `request.tolerance` (int8: the run's release.int8_tolerance; int4: INT4_TOLERANCE).
         ModelError: the base cannot be exported, or its tokenizer is not WordPiece.
         IncompatibleAdapter: the adapter is for another base.
+        DeviceError: `request.memory_bytes` has no room for one record.
+    There is no folder then.
     """
     if folder.exists():
         raise ReleaseError(f"{folder} exists already: move it away, or write elsewhere")
@@ -135,7 +138,8 @@ def make_bundle(
         manifest = _with_memory(stage, manifest, request)
         _list(stage, manifest)
         on_stage("measuring accuracy")
-        measured = _measure(stage, manifest, request, config, inputs, labels)
+        truth = torch_accuracy(classifier, inputs, labels)
+        measured = _measure(stage, manifest, request, config, inputs, labels, truth)
         manifest = msgspec.structs.replace(manifest, measured=measured)
         _list(stage, manifest)
         data = (stage / names.MANIFEST).read_bytes()
@@ -285,12 +289,16 @@ def _measure(
     config: RunConfig,
     inputs: Inputs,
     labels: NDArray[np.int64],
+    truth: float,
 ) -> dict[Precision, Measured]:
-    """Return accuracy and latency of each precision; refuse one that loses too much."""
+    """Return accuracy and latency of each precision; refuse one that loses too much.
+
+    `truth` is torch's accuracy on the same records, which fp32 must have.
+    """
     bundle = unverified(stage)
     allowed = {"int8": config.release.int8_tolerance, "int4": INT4_TOLERANCE} | request.tolerance
     measured: dict[Precision, Measured] = {}
-    for precision in request.precisions:
+    for precision in (p for p in PRECISIONS if p in request.precisions):  # fp32 first
         predictor = Predictor.open(bundle, precision=precision, threads=1)
         right = predictor.logits(inputs).argmax(1) == labels
         milliseconds = _latencies(predictor, inputs)
@@ -302,6 +310,8 @@ def _measure(
             p95_ms=float(np.percentile(milliseconds, 95)),
             bytes=sum((stage / name).stat().st_size for name in (graph.file, *graph.data)),
         )
+        if precision == "fp32":
+            _require_accuracy(measured["fp32"], truth)
         loss = measured["fp32"].accuracy - measured[precision].accuracy
         if precision != "fp32" and loss > allowed[precision]:
             raise ReleaseError(
@@ -310,6 +320,14 @@ def _measure(
                 "allow more"
             )
     return measured
+
+
+def _require_accuracy(fp32: Measured, truth: float) -> None:
+    if abs(fp32.accuracy - truth) > max(FP32_TOLERANCE, 1.5 / fp32.records):
+        raise ReleaseError(
+            f"the fp32 graph has accuracy {fp32.accuracy:.4f} on {fp32.records} held-out records, "
+            f"torch {truth:.4f}: the export is wrong, no bundle is made"
+        )
 
 
 def _latencies(predictor: Predictor, inputs: Inputs) -> list[float]:

@@ -20,16 +20,19 @@ Bytes = NDArray[np.uint8]
 
 ZERO = 8  # the 4-bit code of zero
 SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70)  # factors of a block's scale that are tried
+LEAST = np.finfo(np.float32).tiny  # of a scale: with less, codes would be 0 / 0
 ROWS = 4096  # handled at once, so that memory does not grow with the vocabulary
 
 
 def quantize_channels(weights: Floats, axis: int, limit: int) -> tuple[Codes, Floats]:
     """Return (codes, scales) of a matrix; codes of its shape, one scale per index of `axis`.
 
-    |w - s·q| ≤ s/2 everywhere. A channel of zeros has scale 1 and codes 0.
+    |w - s·q| ≤ s/2 everywhere. A channel of zeros, or of values too small for a normal float32
+    as their scale, has scale 1 and codes 0.
     """
     largest = np.abs(weights).max(axis=1 - axis)
-    scales = np.where(largest > 0, largest / np.float32(limit), 1).astype(np.float32)
+    scales = largest / np.float32(limit)
+    scales = np.where(scales >= LEAST, scales, 1).astype(np.float32)
     codes = np.rint(weights / np.expand_dims(scales, 1 - axis))
     return np.clip(codes, -limit, limit).astype(np.int8), scales
 
@@ -48,8 +51,8 @@ def block_for(columns: int, largest: int) -> int:
 def quantize_blocks(weights: Floats, block: int) -> tuple[Bytes, Floats]:
     """Return (packed, scales) of a matrix (n, k): uint8 (n, b·block/2), float32 (n, b).
 
-    b = ⌈k / block⌉; what fills the last block up is coded as zero. A block of zeros has scale
-    1 and decodes to zeros.
+    b = ⌈k / block⌉; what fills the last block up is coded as zero. A block of zeros, or of
+    values too small for a normal float32 as their scale, has scale 1 and decodes to zeros.
     """
     parts = [_blocks(weights[i : i + ROWS], block) for i in range(0, len(weights), ROWS)]
     codes = np.concatenate([part[0] for part in parts])
@@ -85,13 +88,15 @@ def _blocks(weights: Floats, block: int) -> tuple[Bytes, Floats]:
     values = padded.reshape(rows, count, block)
     at = np.abs(values).argmax(axis=2)[:, :, None]
     largest = np.take_along_axis(values, at, axis=2)
-    full = np.where(largest == 0, 1, largest / -np.float32(ZERO)).astype(np.float32)
+    full = largest / -np.float32(ZERO)
+    full = np.where(np.abs(full) * np.float32(SHRINK[-1]) >= LEAST, full, 1).astype(np.float32)
     best = np.full((rows, count, 1), np.inf, np.float32)
     scales, codes = full.copy(), np.full(values.shape, ZERO, np.uint8)
     for factor in SHRINK:
         scale = full * np.float32(factor)
         levels = np.clip(np.rint(values / scale), -ZERO, 15 - ZERO)
-        error = np.square(levels * scale - values).sum(axis=2, keepdims=True)
+        off = (levels * scale - values) / full  # of order 1: its square stays a float32
+        error = np.square(off).sum(axis=2, keepdims=True)
         better = error < best
         best = np.where(better, error, best)
         scales = np.where(better, scale, scales)

@@ -1,7 +1,11 @@
-"""The ClientApp of a gateway: `clientapp = "anabranch.edge.gateway.app:app"`.
+"""The ClientApp of a gateway, and of a site: `clientapp = "anabranch.edge.gateway.app:app"`.
 
-The SuperNode is started with `--node-config 'gateway="/path/to/the/gateway"'`, beside
-`anabranch edge gateway serve` on the same folder.
+One run has one ClientApp on all of its SuperNodes. What a node is, it says itself:
+
+    --node-config 'gateway="/path/to/the/gateway"'    beside `anabranch edge gateway serve`
+    --node-config 'site="/path/to/the/site"'          client/app.py
+
+A site imports nothing of the gateway.
 """
 
 from __future__ import annotations
@@ -11,26 +15,30 @@ from pathlib import Path
 
 from flwr.app import Context
 
+from anabranch.client.app import site_of
 from anabranch.client.flower import SiteLike, client_app
-from anabranch.edge.gateway.upstream import GatewaySite
 from anabranch.protocols.errors import ConfigError
 
 
 @cache  # bundles are verified once per process
 def open_gateway(folder: Path) -> SiteLike:
     """Return the gateway in `folder`."""
+    from anabranch.edge.gateway.upstream import GatewaySite
+
     return GatewaySite(folder)
 
 
-def gateway_of(context: Context) -> SiteLike:
-    """Return the gateway that this node was started for."""
-    folder = context.node_config.get("gateway")
-    if not isinstance(folder, str) or not folder:
+def gateway_or_site(context: Context) -> SiteLike:
+    """Return what this node was started for; ConfigError unless it is one of the two."""
+    folder, site = (context.node_config.get(key) for key in ("gateway", "site"))
+    if not folder and site:
+        return site_of(context)
+    if site or not isinstance(folder, str) or not folder:
         raise ConfigError(
-            "this SuperNode has no gateway: start it with --node-config "
-            "'gateway=\"/path/to/the/gateway\"'"
+            "this SuperNode needs one of the two: start it with --node-config "
+            "'gateway=\"/path/to/the/gateway\"' or 'site=\"/path/to/the/site\"'"
         )
     return open_gateway(Path(folder))
 
 
-app = client_app(gateway_of)
+app = client_app(gateway_or_site)

@@ -28,7 +28,7 @@ from anabranch.protocols.messages import Assignment, decode, encode
 from anabranch.protocols.spend import Spend
 
 MARGIN = 0.1  # share of the coordinator's deadline that is left for ending a round and sending
-LEAST_MARGIN_S, MOST_MARGIN_S = 2.0, 60.0
+LEAST_MARGIN_S, MOST_MARGIN_S = 10.0, 60.0  # the least: Flower starts a process before it asks
 RECORD, CLIENT = "record", "client"  # units of privacy in the table of spends
 SEEN_DAYS = 30  # devices that have not called for so long are not counted on
 

@@ -5,7 +5,7 @@
     state.sqlite            tokens, devices, rounds, tasks, uploads, what was spent (store.py)
     spool/<upload>          bytes of uploads (spool.py)
     files/<sha256>          adapters of open rounds
-    results/<sha256>        deltas for the coordinator; no device can fetch them
+    results/<sha256>        deltas for the coordinator (results.py); no device can fetch them
 
 name = "north"                      what the coordinator calls it
 hosts = ["gateway.example.org"]     names and addresses in its certificate; devices call the first

@@ -109,9 +109,11 @@ class Shelf:
             if one.manifest.spec == spec and one.manifest.labels == tuple(labels)
         ]
         if not found:
+            others = [f"{one.key} has another {_other(one, spec, labels)}" for one in self.bundles]
             raise ConfigError(
                 "gateway: no published bundle has this run's base, [lora] and labels "
-                f"({len(self.bundles)} are published): export one and add it to `bundles`"
+                f"({'; '.join(others[:3]) or 'none is published'}): make one from its run.toml "
+                "(`anabranch edge export`) and add it to `bundles`"
             )
         return max(found, key=lambda one: one.manifest.version)
 
@@ -130,6 +132,13 @@ class Shelf:
                     raise Unknown(f"{file.name}: changed on the gateway's disk; publish it again")
                 self._stamps[sha256] = stamp
             return file
+
+
+def _other(bundle: Published, spec: AdapterSpec, labels: Sequence[str]) -> str:
+    """Return in what a bundle is not the run's."""
+    found = bundle.manifest.spec
+    names = [name for name in spec.__struct_fields__ if getattr(found, name) != getattr(spec, name)]
+    return ", ".join([*names, *(["labels"] if bundle.manifest.labels != tuple(labels) else [])])
 
 
 def put_frame(folder: Path, frame: bytes) -> str:

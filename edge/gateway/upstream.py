@@ -20,6 +20,7 @@ from anabranch.edge.gateway.aggregate import require_linear
 from anabranch.edge.gateway.asking import Opener
 from anabranch.edge.gateway.config import GatewayFolder
 from anabranch.edge.gateway.published import Shelf
+from anabranch.edge.gateway.results import forget_results
 from anabranch.edge.gateway.store import Row, Store
 from anabranch.edge.gateway.tasks import mechanism_of
 from anabranch.protocols.adapter import Adapter
@@ -72,12 +73,18 @@ class GatewaySite:
         """Return the devices' mean delta as one frame, in the run's codec.
 
         Raises what Opener.open raises, RunError if the round was not ended in time (the gRPC
-        process is not running), DataError if it ended with nothing to send.
+        process is not running) or is not kept any more, DataError if it ended with nothing to send.
         """
         row = self._opener.open(assignment, adapter)
+        forget_results(self._store, self._folder)
         row = self._ended(row, assignment.config.federation.deadline_s)
         if row["state"] != "closed":
             raise DataError(f"gateway {self.name}: {row['reason']}")
+        if row["result"] is None:
+            raise RunError(
+                f"gateway {self.name}: the delta of round {row['number']} is not kept any more: "
+                "the run went on, or the round ended long ago"
+            )
         try:
             frame = (self._folder.results / row["result"]).read_bytes()
         except OSError as error:

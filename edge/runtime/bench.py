@@ -1,8 +1,8 @@
 """`anabranch edge bench`: what a bundle costs on this device.
 
 Every row is measured in a process of its own (measure.py). Energy is read where the machine
-tells it (Linux powercap: Intel and AMD RAPL, whole package); elsewhere it is CPU time × the
-watts given, and the result says that it is an estimate.
+tells it (Linux powercap: Intel and AMD RAPL, whole package); elsewhere, and where the counter
+ran over, it is CPU time × the watts given, and the row says that it is an estimate.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Row:
     cpu_ms: float
     peak_mb: float
     joules: float
+    measured: bool  # joules; else they are an estimate
 
 
 def bench(
@@ -55,7 +57,7 @@ def bench(
     """
     manifest = bundle.manifest
     length = 1 if manifest.shape else tokens or manifest.limits.max_tokens
-    rows, measured = [], energy_counter() is not None
+    rows = []
     for precision in PRECISIONS:
         for role, count in (("infer", 1), ("train_step", records), ("train_step_dp", records)):
             if manifest.graph(role, precision) is None:
@@ -66,7 +68,7 @@ def bench(
         "device": device(),
         "threads": threads,
         "tokens": length,
-        "energy": "measured (package)" if measured else f"estimated at {watts:g} W a busy core",
+        "energy": _energy(rows, watts),
         "rows": [vars(row) for row in rows],
     }
 
@@ -94,10 +96,11 @@ def _row(
     )
     seconds, after = time.perf_counter() - began, energy_counter()
     wall = np.array(point.wall[1:]) * 1000  # the first call allocates
-    if before is not None and after is not None and after > before:
+    measured = before is not None and after is not None and after > before
+    if before is not None and after is not None and measured:
         joules = (after - before) / seconds * float(np.median(wall)) / 1000
     else:
-        joules = watts * point.cpu_ms / 1000
+        joules = watts * _cpu_ms(point) / 1000
     return Row(
         graph=f"{role}.{precision}",
         records=records,
@@ -106,7 +109,17 @@ def _row(
         cpu_ms=_cpu_ms(point),
         peak_mb=point.peak / 2**20,
         joules=joules,
+        measured=measured,
     )
+
+
+def _energy(rows: Sequence[Row], watts: float) -> str:
+    """Return how the rows' joules came about."""
+    count = sum(row.measured for row in rows)
+    estimated = f"estimated at {watts:g} W a busy core"
+    if count == len(rows):
+        return "measured (package)"
+    return f"measured (package) in {count} of {len(rows)}, else {estimated}" if count else estimated
 
 
 def _cpu_ms(point: Point) -> float:
@@ -114,11 +127,15 @@ def _cpu_ms(point: Point) -> float:
 
 
 def energy_counter(root: Path = POWERCAP) -> float | None:
-    """Return joules used by all processor packages so far, or None where nothing counts them."""
-    counters = sorted(root.glob("intel-rapl:[0-9]*/energy_uj"))
-    packages = [path for path in counters if path.parent.name.count(":") == 1]
+    """Return joules used by all processor packages so far, or None where nothing counts them.
+
+    Other zones are parts of a package (core, dram), or hold the packages (psys).
+    """
+    zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if (zone / "energy_uj").exists()]
     try:
-        return sum(int(path.read_text()) for path in packages) / 1e6 if packages else None
+        packages = [z for z in zones if (z / "name").read_text().startswith("package")]
+        counts = [int((zone / "energy_uj").read_text()) for zone in packages]
+        return sum(counts) / 1e6 if counts else None
     except (OSError, ValueError):
         return None  # only root may read it on most systems
 

@@ -1,14 +1,14 @@
 """The folder of one device: what it is enrolled as, its bundles, adapters, ledger and spool.
 
-    device.key  device.pem  ca.pem  gateway.json      who it is, whom it talks to
-    trusted.json                                      public keys whose bundles it opens
-    versions.json                                     highest version seen of each bundle
-    cache/<sha256>                                    downloaded files, also half of one
-    bundles/<name>/<version>/                         verified bundles
-    adapters/<name>/                                  personalised adapters, with the one before
-    training/<name>/                                  state of a training that was interrupted
-    ledger.sqlite                                     privacy spent on the device's records
-    spool/                                            deltas that wait to be sent
+device.key  device.pem  ca.pem  gateway.json      who it is, whom it talks to
+trusted.json                                      public keys whose bundles it opens
+versions.json                                     highest version seen of each bundle
+cache/<sha256>                                    downloaded files, also half of one
+bundles/<name>/<version>/                         verified bundles
+adapters/<name>/                                  personalised adapters, with the one before
+training/<name>/                                  state of a training that was interrupted
+ledger.sqlite                                     privacy spent on the device's records
+spool/                                            deltas that wait to be sent
 """
 
 from __future__ import annotations

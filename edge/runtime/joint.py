@@ -12,8 +12,8 @@ Weights are external data, mapped from their file:
                       weights stay as the file has them, and only touched pages count
     all others        onnxruntime's defaults
 
-The arena stays on: with the plan of a shape's buffers it is a quarter faster than malloc, and
-smaller.
+The arena stays on: it is a quarter faster than malloc, and smaller. Buffers are not planned ahead
+(memory pattern): the plan of a shape would lie beside what its first call took.
 """
 
 from __future__ import annotations
@@ -226,6 +226,7 @@ def load(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal: an error is raised below
+    options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if training == "fp32":
         options.add_session_config_entry("session.disable_prepacking", "1")

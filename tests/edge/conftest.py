@@ -14,6 +14,7 @@ from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.tables import Column, Contract, Federation, Lora, Model, Task
+from tests.edge.made import Made, make
 
 WORDS = "acute chronic fracture of the left right femur heart failure infarction type with and"
 LABELS = ("bone", "heart", "other")
@@ -118,3 +119,21 @@ def make_classifier(make_config: Callable[..., RunConfig]) -> Callable[..., Clas
         return classifier
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made(
+    make_classifier: Callable[..., Classifier],
+    make_config: Callable[..., RunConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Made]:
+    """Return a function from a kind of task to a bundle of it, made once: do not change it."""
+    bundles: dict[str, Made] = {}
+
+    def bundle(kind: str) -> Made:
+        if kind not in bundles:
+            folder = tmp_path_factory.mktemp("made") / kind
+            bundles[kind] = make(kind, folder, make_classifier, make_config)
+        return bundles[kind]
+
+    return bundle

@@ -74,13 +74,13 @@ class SuperLink:
     ) -> None:
         self._end()
 
-    def node(self, site: Path) -> subprocess.Popen[bytes]:
-        """Start the SuperNode of a site."""
+    def node(self, site: Path, kind: str = "site") -> subprocess.Popen[bytes]:
+        """Start the SuperNode of a site, or of a gateway."""
         return self._start(
             site.name,
             "flower-supernode",
             *("--superlink", self.address, "--host", "127.0.0.1", "--port", str(free_port())),
-            *("--node-config", f'site="{site}"'),
+            *("--node-config", f'{kind}="{site}"'),
         )
 
     def run(self, settings: str, *, timeout_s: float = 150) -> str:

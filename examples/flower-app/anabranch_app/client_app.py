@@ -1,5 +1,5 @@
-"""The site, as installed on the SuperNode's machine."""
+"""The site or the gateway, as installed on the SuperNode's machine."""
 
-from anabranch.client.app import app
+from anabranch.edge.gateway.app import app
 
 __all__ = ["app"]

@@ -111,3 +111,34 @@ def test_rows_beyond_one_slice_are_coded_alike() -> None:
 )
 def test_block_is_a_power_of_two_that_covers_short_rows(columns: int, block: int) -> None:
     assert block_for(columns, 128) == block
+
+
+TINY = np.float32(1e-44)  # below the least normal number: a scale of it would be 0
+
+
+@pytest.mark.parametrize("limit", [63, 127])
+def test_a_channel_too_small_for_a_scale_decodes_to_zeros(limit: int) -> None:
+    weights = np.array([[TINY, -TINY], [1.0, 0.5]], np.float32)
+    q, scales = quantize_channels(weights, 0, limit)
+    assert scales[0] == 1
+    assert not q[0].any()
+    assert np.abs(dequantize_channels(q, scales, 0)[0] - weights[0]).max() <= scales[0] / 2
+
+
+def test_a_block_too_small_for_a_scale_decodes_to_zeros() -> None:
+    weights = np.zeros((1, 32), np.float32)
+    weights[0, 3], weights[0, 16:] = TINY, 0.5
+    packed, scales = quantize_blocks(weights, 16)
+    assert scales[0, 0] == 1
+    got = dequantize_blocks(packed, scales, 32)
+    assert not got[0, :16].any()
+    assert np.abs(got[0, 16:] - 0.5).max() < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25, 4e37])
+def test_blocks_of_any_magnitude_are_coded_alike(factor: float) -> None:
+    weights = np.random.default_rng(0).uniform(-1, 1, (4, 64)).astype(np.float32)
+    expected = dequantize_blocks(*quantize_blocks(weights, 16), 64)
+    packed, scales = quantize_blocks(weights * np.float32(factor), 16)
+    got = dequantize_blocks(packed, scales, 64) / np.float32(factor)
+    assert np.abs(got - expected).max() < 1e-5

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ from flwr.app import Context, Message, RecordDict
 
 from anabranch.client import flower
 from anabranch.client.privacy import epsilon_of as epsilon_by_prv
+from anabranch.edge.gateway.app import gateway_or_site
 from anabranch.edge.gateway.asking import CLIENT, collecting_s, spends_of
+from anabranch.edge.gateway.results import KEEP_ROUNDS, KEEP_S, forget_results
 from anabranch.edge.gateway.upstream import GatewaySite
 from anabranch.protocols import rdp, wire
 from anabranch.protocols.adapter import Adapter, Delta
@@ -108,12 +112,23 @@ def _ask(grid: InProcessGrid, content: RecordDict, kind: str) -> RecordDict:
     return reply.content
 
 
-def test_a_node_without_a_gateway_says_so() -> None:
-    from anabranch.edge.gateway.app import gateway_of
+def _context(**node: str) -> Context:
+    return Context(run_id=1, node_id=1, node_config={**node}, state=RecordDict(), run_config={})
 
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+
+def test_a_node_is_a_gateway_or_a_site(fleet: Fleet, table_sites: dict[str, Path]) -> None:
+    gateway, _ = fleet(1)
+    for node, name in (
+        ({"gateway": str(gateway.folder.folder)}, "north"),
+        ({"site": str(table_sites["cardiology"])}, "cardiology"),
+    ):
+        assert gateway_or_site(_context(**node)).name == name
+
+
+@pytest.mark.parametrize("node", [{}, {"gateway": ""}, {"gateway": "/g", "site": "/s"}])
+def test_a_node_that_is_neither_or_both_says_so(node: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="node-config"):
-        gateway_of(context)
+        gateway_or_site(_context(**node))
 
 
 def test_too_few_devices_are_no_client(fleet: Fleet) -> None:
@@ -148,7 +163,7 @@ def test_without_the_grpc_process_waiting_ends(fleet: Fleet, adapter: Adapter) -
 
 
 def test_a_round_ends_before_the_coordinators_deadline() -> None:
-    assert [collecting_s(s) for s in (2.0, 10.0, 100.0, 3600.0)] == [1.0, 8.0, 90.0, 3540.0]
+    assert [collecting_s(s) for s in (2.0, 10.0, 60.0, 3600.0)] == [1.0, 5.0, 50.0, 3540.0]
 
 
 def test_evaluation_is_refused(fleet: Fleet, adapter: Adapter) -> None:
@@ -291,3 +306,37 @@ def test_a_device_is_drawn_once_per_round(fleet: Fleet, adapter: Adapter) -> Non
     drawn = [[d.check_in().WhichOneof("outcome") == "task" for d in devices] for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert 0 < sum(drawn[0]) < 24  # missed with a chance of 2^-23
+
+
+def test_old_results_are_removed_and_the_last_ones_asked_again(
+    fleet: Fleet, adapter: Adapter
+) -> None:
+    gateway, devices = fleet(2, cohort=2)
+    site, results = GatewaySite(gateway.folder.folder), gateway.folder.results
+    answers = []
+    for number in range(1, KEEP_ROUNDS + 3):
+        frames = [wire.encode(delta_of(adapter.spec, 10 * number + i)) for i in range(2)]
+        working = answering(devices, frames)
+        answers.append(site.train(asked(number), adapter)[1])
+        working.join()
+        assert len(list(results.iterdir())) <= KEEP_ROUNDS
+    assert site.train(asked(KEEP_ROUNDS + 2), adapter)[1] == answers[-1]
+    assert site.train(asked(3), adapter)[1] == answers[2]
+    for number in (1, 2):
+        with pytest.raises(RunError, match=f"round {number} is not kept any more"):
+            site.train(asked(number), adapter)
+    later = time.time() + KEEP_S + 1
+    assert forget_results(gateway.parts.store, gateway.folder, now=later) == KEEP_ROUNDS
+    assert list(results.iterdir()) == []
+
+
+def test_a_result_that_a_kept_round_has_too_stays(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, devices = fleet(2, cohort=2)
+    site = GatewaySite(gateway.folder.folder)
+    frames = [wire.encode(delta_of(adapter.spec, i)) for i in range(2)]
+    for number in range(1, KEEP_ROUNDS + 2):
+        working = answering(devices, frames)
+        frame = site.train(asked(number), adapter)[1]
+        working.join()
+    assert len(list(gateway.folder.results.iterdir())) == 1
+    assert site.train(asked(KEEP_ROUNDS + 1), adapter)[1] == frame

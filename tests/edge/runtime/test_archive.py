@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.client.tuning.classifier import Classifier
+from anabranch.edge.runtime import archive
 from anabranch.edge.runtime.archive import pack, unpack
+from anabranch.edge.runtime.bundle import Bundle, open_bundle
+from anabranch.edge.runtime.trust import remember_version
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import BundleError, DeviceError
 from tests.edge.bundles import TRUSTED, reseal, write_bundle
@@ -266,6 +270,23 @@ def test_an_older_version_is_refused(source: Path, packed: bytes, tmp_path: Path
     with pytest.raises(BundleError, match="1 is older than 2"):
         unpack(tmp_path / "old.tar", tmp_path / "old", trusted=TRUSTED, versions=versions)
     assert not (tmp_path / "old").exists()
+
+
+def test_a_newer_version_that_another_process_took_meanwhile_leaves_nothing(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = tmp_path / "versions.json"
+    (tmp_path / "a.tar").write_bytes(packed)
+
+    def opening(*args: Any, **more: Any) -> Bundle:
+        bundle = open_bundle(*args, **more)
+        remember_version(versions, bundle.manifest.name, 2, "0" * 64)  # the other process
+        return bundle
+
+    monkeypatch.setattr(archive, "open_bundle", opening)
+    with pytest.raises(BundleError, match="1 is older than 2"):
+        unpack(tmp_path / "a.tar", tmp_path / "out", trusted=TRUSTED, versions=versions)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_exists_is_not_touched(packed: bytes, tmp_path: Path) -> None:

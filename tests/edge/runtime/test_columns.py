@@ -79,6 +79,7 @@ def test_a_device_and_a_site_read_the_same_features(
         ({"smoker": "Yes"}, "line 2: column 'smoker': expected one of 'no', 'yes'"),
         ({"age": None}, "line 2: column 'age': empty"),
         ({"age": True}, "line 2: column 'age': expected a number"),
+        ({"age": 10**400}, "line 2: column 'age': expected a finite number"),
     ],
 )
 def test_a_cell_that_breaks_the_contract_is_named_by_line_and_column(

@@ -298,6 +298,7 @@ def test_settings_are_those_that_keep_weights_mapped(
         return found
 
     assert options.enable_cpu_mem_arena
+    assert not options.enable_mem_pattern
     assert entry("session.disable_prepacking") == (None if prepacking else "1")
     folding = "ConstantFolding;CommonSubexpressionElimination"
     disabled = entry("optimization.disable_specified_optimizers")

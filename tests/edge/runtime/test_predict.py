@@ -160,3 +160,5 @@ def test_accuracy_decides_then_loss_and_what_is_not_finite_loses() -> None:
     assert not score(0.8, 1.1).at_least(score(0.8, 1.0))
     assert not score(1.0, float("nan")).at_least(score(0.1, 1.0))
     assert not score(1.0, float("inf")).at_least(score(0.1, 1.0))
+    assert score(0.1, 9.0).at_least(score(1.0, float("nan")))
+    assert score(0.5, 9.0).at_least(score(0.5, float("nan")))

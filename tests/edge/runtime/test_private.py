@@ -147,7 +147,8 @@ def test_the_plan_of_a_task_is_the_tasks_and_its_epsilon_our_own() -> None:
         ({"num_examples": 0}, "0 records"),
         ({"privacy": Privacy(epsilon=0.1)}, "above 0.1 of its bundle. Nothing is trained"),
         ({"privacy": Privacy(epsilon=9, clipping="automatic")}, "clip flat alone"),
-        ({"training": Training(class_weights="balanced")}, "'balanced' is computed from"),
+        ({"training": Training(class_weights="balanced")}, "no class weights"),
+        ({"training": Training(class_weights=(1.0, 2.0))}, "no class weights"),
     ],
 )
 def test_a_task_that_cannot_be_kept_private_is_refused(
@@ -162,7 +163,8 @@ def test_a_task_that_cannot_be_kept_private_is_refused(
     [
         (Privacy(epsilon=3, clipping="adaptive"), Training(), 50, "clipping = 'adaptive': devices"),
         (Privacy(epsilon=3, clipping="per-layer"), Training(), 50, 'Set clipping = "flat"'),
-        (Privacy(epsilon=3), Training(class_weights="balanced"), 50, "one fixed number per label"),
+        (Privacy(epsilon=3), Training(class_weights="balanced"), 50, "no class weights"),
+        (Privacy(epsilon=3), Training(class_weights=(1.0, 2.0)), 50, "no class weights"),
         (Privacy(epsilon=3, delta=0.05), Training(), 50, "releasing whole records"),
         (Privacy(epsilon=3), Training(), 0, "0 records"),
         (Privacy(epsilon=1e-6, delta=1e-9), Training(), 5, "cannot be reached"),

@@ -15,6 +15,7 @@ import torch
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import read_adapter, trainable_parameters
 from anabranch.edge.export.bundle import Request, make_bundle
+from anabranch.edge.runtime.bundle_manifest import Precision
 from anabranch.edge.runtime.trust import load_private, new_key
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.tables import Column, Contract, Federation, Lora, Model, Task
@@ -22,7 +23,10 @@ from anabranch.protocols.tables import Column, Contract, Federation, Lora, Model
 ROOT = Path(__file__).resolve().parents[3]
 BROWSER = ROOT / "examples" / "browser"
 LABELS = ("negative", "positive")
-ANY = {"int8": 1.0, "int4": 1.0}  # of an untrained head, accuracy says nothing
+ANY: dict[Precision, float] = {
+    "int8": 1.0,
+    "int4": 1.0,
+}  # of an untrained head, accuracy says nothing
 
 
 @dataclass(frozen=True)

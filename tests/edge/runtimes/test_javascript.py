@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import importlib.util
 import json
 import queue
 import shutil
 import subprocess
 import threading
+from http import HTTPStatus
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,7 +170,7 @@ def reporting(module: ModuleType, results: queue.Queue[Any]) -> Any:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             results.put(json.loads(body))
-            self.send_response(http.server.HTTPStatus.NO_CONTENT)
+            self.send_response(HTTPStatus.NO_CONTENT)
             self.end_headers()
 
     module.Pages = Pages  # type: ignore[attr-defined]

@@ -1,0 +1,479 @@
+"""make_bundle: complete, true to torch, signed; and nothing at all when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from anabranch.client.tuning.lora import read_adapter
+from anabranch.edge.export import bundle as exporting
+from anabranch.edge.export.bundle import PRECISIONS, ROLES, Request, make_bundle
+from anabranch.edge.runtime import bundle_manifest as names
+from anabranch.edge.runtime.bundle import open_bundle
+from anabranch.edge.runtime.bundle_manifest import key
+from anabranch.edge.runtime.manifest import TOKENIZER
+from anabranch.edge.runtime.measure import Job, measure
+from anabranch.edge.runtime.onnx_adapter import supported
+from anabranch.edge.runtime.predict import Predictor
+from anabranch.edge.runtime.trust import public_bytes
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.errors import (
+    BundleError,
+    ConfigError,
+    DeviceError,
+    IncompatibleAdapter,
+    ReleaseError,
+)
+from tests.edge.made import KEY, RECORDS, Made, make, request, said_by
+
+KINDS = ("text", "image", "tabular")
+Bundles = Callable[[str], Made]
+Make = Callable[..., Any]
+GRAPHS = {key(role, precision) for role in ROLES for precision in PRECISIONS}
+UNLIKE = {names.MANIFEST, names.SIGNATURE}  # time of making, and what was measured
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def other_adapter(adapter: Adapter) -> Adapter:
+    rng = np.random.default_rng(8)
+    arrays = {n: rng.normal(size=s, scale=0.2).astype(np.float32) for n, s in adapter.spec.tensors}
+    return Adapter(adapter.spec, arrays)
+
+
+# -- what is in it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_opens_with_the_key_that_signed_it_and_no_other(kind: str, made: Bundles) -> None:
+    bundle = made(kind).open()
+    assert bundle.manifest == made(kind).manifest
+    assert wire.encode(bundle.adapter) == wire.encode(made(kind).adapter)
+    assert (bundle.tokenizer is not None) is (kind == "text")
+    stranger = public_bytes(Ed25519PrivateKey.generate())
+    with pytest.raises(BundleError, match="signature: .*does not trust"):
+        open_bundle(made(kind).folder, trusted=[stranger])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_manifest_says_what_was_asked_for_and_trained(kind: str, made: Bundles) -> None:
+    one = made(kind)
+    manifest = one.manifest
+    assert (manifest.name, manifest.version) == ("tiny", 3)
+    assert manifest.task == one.config.task.kind
+    assert manifest.labels == one.config.task.labels
+    assert manifest.columns == one.config.data.columns
+    assert manifest.config == one.config.digest()
+    assert manifest.training == one.config.training
+    assert (manifest.privacy, manifest.privacy_steps) == (None, 0)
+    assert manifest.spec == one.adapter.spec
+    assert manifest.adapter == wire.digest(wire.encode(one.adapter))
+    assert manifest.shape == {"text": (), "image": (1, 12, 12), "tabular": (5,)}[kind]
+    assert manifest.limits.max_tokens == (24 if kind == "text" else 1)
+    assert manifest.artifacts
+    assert {"anabranch", "torch", "onnx", "numpy"} <= set(manifest.versions)
+    assert any(name.startswith("onnxruntime") for name in manifest.versions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_graph_is_there_and_maps_only_files_of_its_precision(
+    kind: str, made: Bundles
+) -> None:
+    manifest = made(kind).manifest
+    assert set(manifest.graphs) == GRAPHS
+    for name, graph in manifest.graphs.items():
+        assert graph.file == f"{name}.onnx"
+        precision = name.split(".")[1]
+        assert graph.data == (() if kind == "tabular" else (f"base-{precision}.bin",))
+        assert graph.onnxruntime >= "1.19"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_list_of_files_is_exact(kind: str, made: Bundles) -> None:
+    one = made(kind)
+    expected = {f"{name}.onnx" for name in GRAPHS} | {names.ADAPTER}
+    expected |= {names.TRAINING_MODEL, names.EVAL_MODEL, names.OPTIMIZER_MODEL, names.CHECKPOINT}
+    expected |= {f"base-{p}.bin" for p in PRECISIONS} if kind != "tabular" else set()
+    expected |= {TOKENIZER} if kind == "text" else set()
+    expected |= {names.ONNX_ADAPTER} if supported() else set()
+    assert set(one.manifest.files) == expected
+    assert {p.name for p in one.folder.iterdir()} == expected | UNLIKE
+    for name, digest in digests(one.folder).items():
+        if name not in UNLIKE:
+            assert one.manifest.files[name].sha256 == digest
+            assert one.manifest.files[name].bytes == (one.folder / name).stat().st_size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_and_latency_are_of_the_records(kind: str, made: Bundles) -> None:
+    one = made(kind)
+    bundle = one.open()
+    assert tuple(one.manifest.measured) == PRECISIONS
+    for precision, measured in one.manifest.measured.items():
+        logits = Predictor.open(bundle, precision=precision).logits(one.inputs)
+        assert measured.records == RECORDS
+        assert measured.accuracy == float((logits.argmax(1) == one.labels).mean())
+        assert 0 < measured.p50_ms <= measured.p95_ms
+        graph = one.manifest.graphs[key("infer", precision)]
+        sizes = [(one.folder / name).stat().st_size for name in (graph.file, *graph.data)]
+        assert measured.bytes == sum(sizes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_is_as_accurate_as_torch_and_gives_its_logits(kind: str, made: Bundles) -> None:
+    one = made(kind)
+    expected = said_by(one.classifier, one.inputs)
+    got = Predictor.open(one.open(), precision="fp32").logits(one.inputs)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    truth = float((expected.argmax(1) == one.labels).mean())
+    assert 0.5 < truth < 1  # neither guessed, nor a figure that anything would reach
+    assert abs(one.manifest.measured["fp32"].accuracy - truth) <= max(1e-3, 1.5 / RECORDS)
+
+
+def test_quantized_bases_are_smaller(made: Bundles) -> None:
+    for kind in ("text", "image"):
+        size = {p: made(kind).manifest.files[f"base-{p}.bin"].bytes for p in PRECISIONS}
+        assert size["int4"] < size["int8"] < size["fp32"]
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_memory_models_lie_above_measured_peaks_and_within_the_limit(
+    kind: str, made: Bundles
+) -> None:
+    one = made(kind)
+    longest = one.manifest.limits.max_tokens
+    needs = [g.memory.needed(exporting.MICRO_BATCH, longest) for g in one.manifest.graphs.values()]
+    assert one.manifest.limits.memory_bytes == max(needs)
+    points = ((1, longest), (2, max(1, longest // 2)), (exporting.MICRO_BATCH, longest))
+    for role in ROLES:  # in another process than the one that the model is of
+        job = Job(folder=str(one.folder), role=role, precision="int8", points=points, repeats=1)
+        memory = one.manifest.graphs[key(role, "int8")].memory
+        for point in measure(job):
+            assert point.peak <= memory.needed(point.records, point.tokens)
+            assert point.peak > 0.8 * memory.fixed  # and not above them by much
+
+
+def test_stages_are_told_in_order(made: Bundles) -> None:
+    assert made("text").stages == (
+        "exporting",
+        "onnxruntime-training artifacts",
+        "measuring memory",
+        "measuring accuracy",
+    )
+
+
+# -- what it leaves behind ----------------------------------------------------------------------
+
+
+def state_of(classifier: Any) -> dict[str, Any]:
+    tensors = {**dict(classifier.named_parameters()), **dict(classifier.named_buffers())}
+    return {
+        "tensors": {n: t.detach().clone() for n, t in tensors.items()},
+        "asking": {n for n, p in classifier.named_parameters() if p.requires_grad},
+        "gradients": {n for n, p in classifier.named_parameters() if p.grad is not None},
+        "training": {n: m.training for n, m in classifier.named_modules()},
+        "hooks": {n: len(m._forward_hooks) for n, m in classifier.named_modules()},
+        "types": {n: type(m) for n, m in classifier.named_modules()},
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_classifier_is_left_as_it_was(kind: str, made: Bundles, make_classifier: Make) -> None:
+    before, after = state_of(make_classifier(kind)), state_of(made(kind).classifier)
+    tensors = before.pop("tensors"), after.pop("tensors")
+    assert after == before
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_but_the_bundle_is_left(kind: str, made: Bundles) -> None:
+    assert list(made(kind).folder.parent.iterdir()) == [made(kind).folder]
+
+
+# -- again --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def again(made: Bundles, make_classifier: Make, make_config: Make, tmp_path_factory: Any) -> Made:
+    """The image bundle a second time, from a classifier loaded anew."""
+    made("image")
+    folder = tmp_path_factory.mktemp("again") / "image"
+    return make("image", folder, make_classifier, make_config)
+
+
+def test_two_exports_differ_only_in_what_was_measured(again: Made, made: Bundles) -> None:
+    first, second = digests(made("image").folder), digests(again.folder)
+    assert {n for n in first if first[n] != second.get(n)} == UNLIKE
+    assert first.keys() == second.keys()
+
+    def untimed(manifest: names.Manifest) -> Any:
+        fields = msgspec.to_builtins(manifest)
+        del fields["created"], fields["limits"]["memory_bytes"]
+        for graph in fields["graphs"].values():
+            del graph["memory"]
+        for measured in fields["measured"].values():
+            del measured["p50_ms"], measured["p95_ms"]
+        return fields
+
+    assert untimed(made("image").manifest) == untimed(again.manifest)
+
+
+@pytest.fixture(scope="module")
+def update(made: Bundles, make_classifier: Make, make_config: Make, tmp_path_factory: Any) -> Made:
+    """The image bundle with another adapter for the same base."""
+    adapter = other_adapter(made("image").adapter)
+    folder = tmp_path_factory.mktemp("update") / "image"
+    what = request(version=4)
+    return make("image", folder, make_classifier, make_config, what=what, adapter=adapter)
+
+
+def test_another_adapter_changes_only_small_files(update: Made, made: Bundles) -> None:
+    first, second = digests(made("image").folder), digests(update.folder)
+    assert first.keys() == second.keys()
+    changed = {n for n in first if first[n] != second[n]}
+    defaults = {f"infer.{p}.onnx" for p in PRECISIONS}
+    assert changed == {*UNLIKE, *defaults, names.ADAPTER, names.CHECKPOINT}
+    frame = update.manifest.files[names.ADAPTER].bytes
+    for name in defaults:  # the nodes, and the adapter once
+        path = update.folder / name
+        graph = onnx.load(path, load_external_data=False).graph
+        held = {t.name for t in graph.initializer if t.name in update.adapter.arrays}
+        assert held == set(update.adapter.arrays)
+        graphs = [
+            onnx.load(folder / name, load_external_data=False)
+            for folder in (made("image").folder, update.folder)
+        ]
+        for model in graphs:  # what is not the adapter is the same, byte for byte
+            kept = [t for t in model.graph.initializer if t.name not in held]
+            del model.graph.initializer[:]
+            model.graph.initializer.extend(kept)
+        without = [model.SerializeToString(deterministic=True) for model in graphs]
+        assert without[0] == without[1]
+        assert path.stat().st_size - len(without[1]) < frame + 64 * len(held)
+    assert (update.folder / names.CHECKPOINT).stat().st_size < 2 * frame
+
+
+def test_the_other_adapter_is_what_the_update_answers_with(update: Made, made: Bundles) -> None:
+    got = Predictor.open(update.open(), precision="fp32").logits(update.inputs)
+    np.testing.assert_allclose(got, said_by(update.classifier, update.inputs), 1e-4, 1e-5)
+    assert read_adapter(update.classifier).arrays.keys() == update.adapter.arrays.keys()
+    for name, array in read_adapter(update.classifier).arrays.items():
+        np.testing.assert_array_equal(array, update.adapter.arrays[name])
+    with_released = Predictor.open(made("image").open(), precision="fp32", adapter=update.adapter)
+    np.testing.assert_array_equal(with_released.logits(update.inputs), got)
+
+
+# -- chosen parts, privacy ----------------------------------------------------------------------
+
+
+def small(make_classifier: Make, make_config: Make, folder: Path, **changes: Any) -> names.Manifest:
+    """A logistic bundle of fp32 alone."""
+    classifier = make_classifier("logistic")
+    inputs = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
+    labels = said_by(classifier, inputs).argmax(1)
+    arguments: dict[str, Any] = {
+        "request": Request(name="small", version=1, precisions=("fp32",), artifacts=False),
+        "inputs": inputs,
+        "labels": labels,
+        "signing_key": KEY,
+        "adapter": read_adapter(classifier),
+        "config": make_config("logistic"),
+        "classifier": classifier,
+    } | changes
+    return make_bundle(
+        arguments.pop("classifier"),
+        arguments.pop("adapter"),
+        arguments.pop("config"),
+        folder,
+        **arguments,
+    )
+
+
+def test_only_what_was_asked_for_is_in_it_and_the_order_does_not_matter(
+    make_classifier: Make, make_config: Make, tmp_path: Path
+) -> None:
+    what = Request(
+        name="few",
+        version=1,
+        precisions=("int8", "fp32"),
+        artifacts=False,
+        memory_bytes=1 << 30,
+        tolerance={"int8": 1.0},
+    )
+    manifest = small(make_classifier, make_config, tmp_path / "few", request=what)
+    assert set(manifest.graphs) == {key(r, p) for r in ROLES for p in ("fp32", "int8")}
+    assert tuple(manifest.measured) == ("fp32", "int8")
+    assert not manifest.artifacts
+    assert names.CHECKPOINT not in manifest.files
+    assert manifest.limits.memory_bytes == 1 << 30
+
+
+def test_a_private_runs_promise_goes_with_the_bundle(
+    make_classifier: Make, make_config: Make, tmp_path: Path
+) -> None:
+    from anabranch.protocols.tables import Federation, Privacy, Training
+
+    config = make_config(
+        "logistic",
+        privacy=Privacy(epsilon=2.0),
+        training=Training(optimizer="sgd", learning_rate=0.5, local_steps=5),
+        federation=Federation(rounds=7),
+    )
+    manifest = small(make_classifier, make_config, tmp_path / "private", config=config)
+    assert manifest.privacy == config.privacy
+    assert manifest.privacy_steps == 35
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(make_classifier: Make, make_config: Make, tmp_path: Path) -> Make:
+    """Return a function that makes a bundle that is refused, and sees that nothing is left."""
+
+    def check(error: type[Exception], match: str, **changes: Any) -> None:
+        with pytest.raises(error, match=match):
+            small(make_classifier, make_config, tmp_path / "bundle", **changes)
+        assert list(tmp_path.iterdir()) == []
+
+    return check
+
+
+def test_an_existing_folder_is_refused_and_stays_as_it_is(
+    make_classifier: Make, make_config: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    with pytest.raises(ReleaseError, match="there exists already: move it away"):
+        small(make_classifier, make_config, tmp_path / "there")
+    assert [p.name for p in tmp_path.rglob("*")] == ["there", "file"]
+
+
+@pytest.mark.parametrize(("inputs", "labels"), [(0, 0), (3, 2), (0, 3)])
+def test_records_are_needed(refused: Make, inputs: int, labels: int) -> None:
+    refused(
+        ReleaseError,
+        f"held-out records: got {inputs} inputs and {labels} labels",
+        inputs=np.zeros((inputs, 5), np.float32),
+        labels=np.zeros(labels, np.int64),
+    )
+
+
+def test_a_request_without_fp32_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fp32 is the measure of the others"):
+        Request(name="tiny", version=1, precisions=("int8",))
+
+
+@pytest.mark.parametrize("what", ["base", "shape"])
+def test_an_adapter_of_another_base_is_refused(
+    refused: Make, make_classifier: Make, what: str
+) -> None:
+    adapter = read_adapter(make_classifier("logistic"))
+    if what == "base":
+        adapter = Adapter(msgspec.structs.replace(adapter.spec, base="0" * 64), adapter.arrays)
+    else:
+        adapter = read_adapter(make_classifier("tabular"))
+    refused(IncompatibleAdapter, "base|tensor|target|rank", adapter=adapter)
+
+
+def test_a_precision_that_loses_too_much_is_refused(
+    make_classifier: Make, make_config: Make, tmp_path: Path
+) -> None:
+    what = Request(
+        name="tiny", version=1, precisions=("fp32", "int4"), artifacts=False,
+        tolerance={"int4": 0.0},
+    )  # fmt: skip
+    with pytest.raises(
+        ReleaseError,
+        match=rf"int4 loses 0\.\d+ of accuracy on {RECORDS} held-out records, 0 is allowed",
+    ):
+        make("image", tmp_path / "bundle", make_classifier, make_config, what=what, noise=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("off", [2, -2])
+def test_an_fp32_graph_that_is_not_as_accurate_as_torch_is_refused(
+    refused: Make, monkeypatch: pytest.MonkeyPatch, off: int
+) -> None:
+    true = exporting.torch_accuracy
+    monkeypatch.setattr(
+        exporting, "torch_accuracy", lambda *given: true(*given) - off / len(given[2])
+    )
+    refused(ReleaseError, "the fp32 graph has accuracy 1.0000 on 40 held-out records, torch")
+
+
+def test_one_record_that_ties_break_differently_on_is_no_reason(
+    make_classifier: Make, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "torch_accuracy", lambda *_: 1 - 1 / 40)
+    assert small(make_classifier, make_config, tmp_path / "b").measured["fp32"].accuracy == 1
+
+
+def test_torch_accuracy_is_the_share_that_torch_gets_right(made: Bundles) -> None:
+    for kind in KINDS:
+        one = made(kind)
+        share = exporting.torch_accuracy(one.classifier, one.inputs, one.labels)
+        right = said_by(one.classifier, one.inputs).argmax(1) == one.labels
+        assert math.isclose(share, right.mean(), abs_tol=1.01 / RECORDS)
+        wrong = (said_by(one.classifier, one.inputs).argmax(1) + 1) % 3
+        assert exporting.torch_accuracy(one.classifier, one.inputs, wrong) == 0
+
+
+def test_a_graph_that_is_not_torchs_is_refused(
+    refused: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = exporting.step_graph
+
+    def wrong(classifier: Any, *, clipped: bool) -> onnx.ModelProto:
+        model = true(classifier, clipped=clipped)
+        with torch.no_grad():  # what torch computes from now on is something else
+            classifier.head.scale_by = 1
+            next(p for n, p in classifier.named_buffers()) if False else None
+        for node in model.graph.node:
+            if node.op_type == "Mul":
+                node.op_type = "Add"
+                break
+        return model
+
+    monkeypatch.setattr(exporting, "step_graph", wrong)
+    refused(ReleaseError, "the training step in onnxruntime .* and torch differ by")
+
+
+def test_a_limit_without_room_for_a_record_is_refused(refused: Make) -> None:
+    what = Request(
+        name="tiny", version=1, precisions=("fp32",), artifacts=False, memory_bytes=1 << 20
+    )
+    refused(DeviceError, "one record of 1 tokens needs .* the limit is 1 MB", request=what)
+
+
+def test_a_name_that_no_device_would_take_is_refused(refused: Make) -> None:
+    what = Request(name="../up", version=1, precisions=("fp32",), artifacts=False)
+    refused(BundleError, r"\$\.name", request=what)
+
+
+def test_a_manifest_that_was_changed_after_signing_does_not_open(
+    made: Bundles, tmp_path: Path
+) -> None:
+    for path in made("tabular").folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = json.loads((tmp_path / names.MANIFEST).read_bytes())
+    data["limits"]["memory_bytes"] += 1
+    (tmp_path / names.MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="signature"):
+        open_bundle(tmp_path, trusted=[public_bytes(KEY)])
