@@ -112,13 +112,13 @@ def unpack(
         with file, staged(target) as stage:
             _extract(_Reader(file, str(archive)), stage, trusted, versions, max_bytes)
             bundle = open_bundle(stage, trusted=trusted)
+            if versions is not None:  # before it is seen: another process may have had a newer one
+                manifest = bundle.manifest
+                remember_version(versions, manifest.name, manifest.version, bundle.digest)
     except OSError as error:
         raise DeviceError(
             f"{target}: cannot be written ({error.strerror}); make room or choose another disk"
         ) from None
-    if versions is not None:
-        manifest = bundle.manifest
-        remember_version(versions, manifest.name, manifest.version, bundle.digest)
     return replace(bundle, folder=target)
 
 

@@ -22,6 +22,7 @@ from anabranch.protocols.tables import Column, ColumnType
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT64_MAX = float(np.finfo(np.float64).max)
 MISSING = ("", "?")  # as on a site
 FEATURES: tuple[ColumnType, ...] = ("number", "category")
 
@@ -78,7 +79,7 @@ def _number(cell: Any, column: Column) -> float:
             raise ValueError("expected a finite number")
         number = float(cell)
     elif isinstance(cell, int | float) and not isinstance(cell, bool):
-        number = float(cell)
+        number = float(cell) if abs(cell) <= FLOAT64_MAX else math.inf  # of a long int: an error
     else:
         raise ValueError("expected a number")
     if not math.isfinite(number):

@@ -136,8 +136,8 @@ class Score:
 
         What is not finite is worse than everything.
         """
-        if not math.isfinite(self.loss):
-            return False
+        if not math.isfinite(self.loss) or not math.isfinite(other.loss):
+            return math.isfinite(self.loss)
         return (self.accuracy, -self.loss) >= (other.accuracy, -other.loss)
 
 

@@ -60,7 +60,7 @@ def plan_for(privacy: Privacy, training: Training, steps: int, num_examples: int
     q = min(1, batch_size / num_examples), δ = 1 / (10 num_examples) unless given. The same
     arguments give the same plan. Raises PrivacyError if δ >= 1/n, no noise up to LARGEST_NOISE
     reaches ε, or the run asks for what a device cannot do: clipping other than flat, class
-    weights that follow from the labels.
+    weights.
     """
     _require_feasible(privacy, training)
     delta = delta_for(privacy.delta, num_examples)
@@ -155,10 +155,10 @@ def _require_feasible(privacy: Privacy, training: Training) -> None:
 
 
 def _require_weights(training: Training) -> None:
-    if training.class_weights == "balanced":
+    if training.class_weights != "none":
         raise PrivacyError(
-            "training.class_weights = 'balanced' is computed from the labels, which the plan "
-            "does not cover: give one fixed number per label"
+            f"training.class_weights = {training.class_weights!r}: private training on a device "
+            "has no class weights, and clips gradients without them. Leave them out of the run"
         )
 
 

@@ -209,29 +209,27 @@ def test_nothing_but_the_bundle_is_left(kind: str, made: Bundles) -> None:
 # -- again --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def again(made: Bundles, make_classifier: Make, make_config: Make, tmp_path_factory: Any) -> Made:
-    """The image bundle a second time, from a classifier loaded anew."""
-    made("image")
-    folder = tmp_path_factory.mktemp("again") / "image"
-    return make("image", folder, make_classifier, make_config)
+def untimed(manifest: names.Manifest) -> Any:
+    """Return the manifest without time of making, time and memory."""
+    fields = msgspec.to_builtins(manifest)
+    del fields["created"], fields["limits"]["memory_bytes"]
+    for graph in fields["graphs"].values():
+        del graph["memory"]
+    for measured in fields["measured"].values():
+        del measured["p50_ms"], measured["p95_ms"]
+    return fields
 
 
-def test_two_exports_differ_only_in_what_was_measured(again: Made, made: Bundles) -> None:
-    first, second = digests(made("image").folder), digests(again.folder)
-    assert {n for n in first if first[n] != second.get(n)} == UNLIKE
-    assert first.keys() == second.keys()
-
-    def untimed(manifest: names.Manifest) -> Any:
-        fields = msgspec.to_builtins(manifest)
-        del fields["created"], fields["limits"]["memory_bytes"]
-        for graph in fields["graphs"].values():
-            del graph["memory"]
-        for measured in fields["measured"].values():
-            del measured["p50_ms"], measured["p95_ms"]
-        return fields
-
-    assert untimed(made("image").manifest) == untimed(again.manifest)
+def test_two_exports_differ_only_in_what_was_measured(
+    make_classifier: Make, make_config: Make, tmp_path: Path
+) -> None:
+    first, second = (
+        small(make_classifier, make_config, tmp_path / name) for name in ("one", "two")
+    )
+    assert untimed(first) == untimed(second)
+    files = digests(tmp_path / "one"), digests(tmp_path / "two")
+    assert files[0].keys() == files[1].keys()
+    assert {n for n in files[0] if files[0][n] != files[1][n]} <= UNLIKE
 
 
 @pytest.fixture(scope="module")
@@ -442,13 +440,7 @@ def test_a_graph_that_is_not_torchs_is_refused(
 
     def wrong(classifier: Any, *, clipped: bool) -> onnx.ModelProto:
         model = true(classifier, clipped=clipped)
-        with torch.no_grad():  # what torch computes from now on is something else
-            classifier.head.scale_by = 1
-            next(p for n, p in classifier.named_buffers()) if False else None
-        for node in model.graph.node:
-            if node.op_type == "Mul":
-                node.op_type = "Add"
-                break
+        next(node for node in model.graph.node if node.op_type == "Mul").op_type = "Add"
         return model
 
     monkeypatch.setattr(exporting, "step_graph", wrong)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.client.tuning.classifier import Classifier
-from anabranch.edge.runtime import archive
+from anabranch.edge.runtime import archive as archives
 from anabranch.edge.runtime.archive import pack, unpack
 from anabranch.edge.runtime.bundle import Bundle, open_bundle
 from anabranch.edge.runtime.trust import remember_version
@@ -283,7 +283,7 @@ def test_a_newer_version_that_another_process_took_meanwhile_leaves_nothing(
         remember_version(versions, bundle.manifest.name, 2, "0" * 64)  # the other process
         return bundle
 
-    monkeypatch.setattr(archive, "open_bundle", opening)
+    monkeypatch.setattr(archives, "open_bundle", opening)
     with pytest.raises(BundleError, match="1 is older than 2"):
         unpack(tmp_path / "a.tar", tmp_path / "out", trusted=TRUSTED, versions=versions)
     assert not (tmp_path / "out").exists()
