@@ -1,0 +1,292 @@
+"""Devices that race against themselves, calls that never say anything, disks that are full."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import pytest
+
+from anabranch.edge.gateway.closing import Closer
+from anabranch.edge.gateway.config import ClientPrivacy, Limits
+from anabranch.edge.gateway.limits import today
+from anabranch.edge.gateway.operator import invite, revoke
+from anabranch.edge.gateway.store import Store, make_store
+from anabranch.edge.generated import edge_pb2
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import Adapter
+from benchmarks.edge.gateway_load import HOST, Device, delta_of, enrol_many
+from tests.gateway_cases import open_round, row_of
+
+Fleet = Callable[..., Any]
+SERVICE = "/anabranch.edge.v1.EdgeGateway"
+
+
+def closed(gateway: Any, row: Any) -> Any:
+    gateway.closer.due(now=row["deadline"])
+    return row_of(gateway.parts.store, row)
+
+
+# What is counted stays: a device that races against itself cannot take the round down.
+
+
+def test_a_refused_commit_does_not_remove_a_delta_that_was_counted_meanwhile(
+    fleet: Fleet, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, (device,) = fleet(1, min_cohort=1, cohort=9)
+    row = open_round(gateway.opener, adapter)
+    device.check_in()
+    frame = wire.encode(delta_of(adapter.spec, 0))
+    device.upload(frame)
+    rounds = gateway.parts.rounds
+    check = rounds._check
+
+    def late(row: Any, task: Any, path: Path, examples: int, steps: int) -> None:
+        if examples == 999:
+            assert device.commit(frame).accepted
+        check(row, task, path, examples, steps)
+
+    monkeypatch.setattr(rounds, "_check", late)
+    assert not device.commit(frame, examples=999).accepted
+    row = closed(gateway, row)
+    assert (row["state"], row["clients"], row["reason"]) == ("closed", 1, "")
+
+
+def test_a_new_announcement_does_not_remove_a_delta_that_was_counted_meanwhile(
+    fleet: Fleet, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, (device,) = fleet(1, min_cohort=1, cohort=9)
+    row = open_round(gateway.opener, adapter)
+    device.check_in()
+    frame, other = (wire.encode(delta_of(adapter.spec, seed)) for seed in (0, 1))
+    device.upload(frame)
+    rounds = gateway.parts.rounds
+    announce = rounds._announce
+
+    def late(name: str, task: str, upload: str, sha: bytes, size: int) -> None:
+        assert device.commit(frame).accepted
+        announce(name, task, upload, sha, size)
+
+    begin = edge_pb2.BeginUploadRequest(
+        task=device.task.id, sha256=bytes(32), size=len(other)
+    )
+    monkeypatch.setattr(rounds, "_announce", late)
+    with pytest.raises(grpc.RpcError) as error:
+        device.stub.BeginUpload(begin, timeout=10)
+    assert error.value.code() == grpc.StatusCode.ABORTED
+    row = closed(gateway, row)
+    assert (row["state"], row["clients"], row["reason"]) == ("closed", 1, "")
+
+
+# Calls that are begun and never say anything.
+
+
+def silent(channel: grpc.Channel, method: str, timeout: float | None, ends: threading.Event) -> Any:
+    def nothing() -> Iterator[bytes]:
+        ends.wait(30)
+        yield from ()
+
+    return channel.stream_unary(f"{SERVICE}/{method}").future(nothing(), timeout=timeout)
+
+
+def test_silent_calls_do_not_keep_others_from_enrolling(serving: Any) -> None:
+    gateway = serving()
+    authority = gateway.parts.authority.pem
+    credentials, ends = grpc.ssl_channel_credentials(authority), threading.Event()
+    with grpc.secure_channel(f"{HOST}:{gateway.enroll_port}", credentials) as channel:
+        calls = [silent(channel, "Enroll", None, ends) for _ in range(12)]
+        calls += [
+            channel.stream_unary("/grpc.health.v1.Health/Check").future(iter(()), timeout=None)
+        ]
+        time.sleep(0.3)
+        (text,) = invite(gateway.folder.folder)
+        device = Device.enrol(text, gateway.enroll_port, gateway.port, authority=authority)
+        device.check_in()
+        device.hang_up()
+        ends.set()
+        assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
+def test_a_devices_silent_calls_count_before_they_say_anything(fleet: Fleet) -> None:
+    gateway, (bad, good) = fleet(2, limits=Limits(calls=6, calls_at_once=2))
+    ends = threading.Event()
+    bad.stub  # noqa: B018  # connects
+    methods = ["CheckIn", "Commit", "BeginUpload", "Abort", "Fetch", "Enroll", "Upload"]
+    calls = [silent(bad.channels[0], method, 20.0, ends) for method in methods]
+    time.sleep(0.3)
+    good.check_in()
+    with pytest.raises(grpc.RpcError) as error:
+        bad.check_in()
+    assert "2 at once" in error.value.details()
+    ends.set()
+    codes = [call.code() for call in calls]
+    assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == len(methods) - 2
+    assert codes.count(grpc.StatusCode.INVALID_ARGUMENT) == 2
+    bad.check_in()
+    assert gateway.parts.quotas._now == {}
+
+
+# Quotas
+
+
+def test_bytes_that_are_there_already_count_as_well(fleet: Fleet, adapter: Adapter) -> None:
+    gateway, (device,) = fleet(1, limits=Limits(chunk_bytes=1024), min_cohort=1)
+    open_round(gateway.opener, adapter)
+    device.check_in()
+    frame = wire.encode(delta_of(adapter.spec, 0))
+    upload = device.begin(frame).upload
+    data = frame[:1024]
+    chunk = edge_pb2.UploadChunk(upload=upload, offset=0, data=data, crc32=zlib.crc32(data))
+    device.stub.Upload(iter([chunk] * 10), timeout=10)
+    assert gateway.parts.store.traffic(device.name, today()) == 10 * 1024
+
+
+def test_downloads_at_the_same_time_share_the_bytes_of_a_day(
+    fleet: Fleet, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anabranch.edge.gateway import service
+
+    monkeypatch.setattr(service, "COUNT_EVERY", 1024)
+    gateway, (device,) = fleet(1, limits=Limits(chunk_bytes=1024, bytes_a_day=3000), min_cohort=1)
+    open_round(gateway.opener, adapter)
+    device.check_in()
+    request = edge_pb2.FetchRequest(sha256=device.task.adapter.sha256)
+    served = gateway.parts
+    streams = [
+        service.Service(served)._chunks(device.name, request) for _ in range(3)
+    ]  # as three calls would
+    with pytest.raises(Exception, match="midnight"):
+        for _ in range(3):
+            for stream in streams:
+                next(stream)
+    for stream in streams:
+        stream.close()
+    assert served.store.traffic(device.name, today()) <= 3000 + 3 * 1024
+
+
+# State
+
+
+def full(db: sqlite3.Connection) -> None:
+    pages = db.execute("PRAGMA page_count").fetchone()[0]
+    db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def test_a_full_disk_fails_a_change_and_the_next_one_works(tmp_path: Path) -> None:
+    make_store(tmp_path / "state.sqlite")
+    store = Store(tmp_path / "state.sqlite")
+    full(store._db)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        store.add_token(b"x" * 100_000, 1.0, "label")
+    store._db.execute("PRAGMA max_page_count = 100000")
+    store.add_token(b"x" * 100_000, 1.0, "label")
+    store.close()
+
+
+class FailingCommit:
+    """A connection whose COMMIT fails once, as with a full or failing disk."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db, self.failed = db, False
+
+    def execute(self, query: str, *values: Any) -> Any:
+        if query == "COMMIT" and not self.failed:
+            self.failed = True
+            raise sqlite3.OperationalError("disk I/O error")
+        return self.db.execute(query, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.db, name)
+
+
+def test_a_commit_that_fails_does_not_leave_its_transaction_open(tmp_path: Path) -> None:
+    make_store(tmp_path / "state.sqlite")
+    store = Store(tmp_path / "state.sqlite")
+    store._db = FailingCommit(store._db)  # type: ignore[assignment]
+    with pytest.raises(sqlite3.OperationalError, match="I/O"):
+        store.add_token(b"one", 1.0, "label")
+    store.add_token(b"two", 1.0, "label")
+    assert [row["hash"] for row in store.rows("SELECT hash FROM tokens")] == [b"two"]
+    store.close()
+
+
+def test_a_round_that_cannot_be_ended_does_not_hold_up_the_others(
+    fleet: Fleet, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, devices = fleet(2, cohort=99)
+    gateway.stopping.set()
+    gateway.ending.join()
+    first, second = (open_round(gateway.opener, adapter, number) for number in (1, 2))
+    close = Closer.close
+
+    def failing(self: Closer, row: Any) -> None:
+        if row["id"] == first["id"]:
+            raise OSError(28, "No space left on device")
+        close(self, row)
+
+    monkeypatch.setattr(Closer, "close", failing)
+    gateway.closer.due(now=second["deadline"] + 1)
+    assert row_of(gateway.parts.store, first)["state"] == "open"
+    assert row_of(gateway.parts.store, second)["state"] == "refused"  # nobody came
+
+
+# Client-level privacy: what was accounted for is what is done.
+
+PLAN = {"epsilon": 50.0, "population": 4, "noise_multiplier": 2.0, "clipping_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"noise_multiplier": 0.1}, {"sample_rate": 0.9}, None],
+    ids=["less noise", "another rate", "no plan"],
+)
+def test_a_plan_that_was_changed_during_a_round_ends_it_with_nothing(
+    fleet: Fleet, adapter: Adapter, change: dict[str, float] | None
+) -> None:
+    gateway, _ = fleet(2, client_privacy=PLAN)
+    gateway.stopping.set()
+    gateway.ending.join()
+    row = open_round(gateway.opener, adapter)
+    plan = None if change is None else msgspec.convert(PLAN | change, ClientPrivacy)
+    file = msgspec.structs.replace(gateway.file, client_privacy=plan, min_cohort=1)
+    closer = Closer(gateway.folder, file, gateway.parts.store, gateway.parts.spool)
+    closer.due(now=row["deadline"])
+    row = row_of(gateway.parts.store, row)
+    assert (row["state"], row["result"]) == ("refused", None)
+    assert "was changed while the round was open" in row["reason"]
+
+
+def test_a_plan_that_came_during_a_round_ends_it_with_nothing(
+    fleet: Fleet, adapter: Adapter
+) -> None:
+    gateway, _ = fleet(2)
+    gateway.stopping.set()
+    gateway.ending.join()
+    row = open_round(gateway.opener, adapter)
+    plan = msgspec.convert(PLAN, ClientPrivacy)
+    file = msgspec.structs.replace(gateway.file, client_privacy=plan)
+    Closer(gateway.folder, file, gateway.parts.store, gateway.parts.spool).due(now=row["deadline"])
+    assert "was changed" in row_of(gateway.parts.store, row)["reason"]
+
+
+def test_a_private_round_waits_for_every_device_that_may_still_come(
+    serving: Any, adapter: Adapter
+) -> None:
+    gateway = serving(client_privacy=PLAN | {"population": 3})
+    devices = enrol_many(gateway.folder, gateway, 3)
+    row = open_round(gateway.opener, adapter)
+    for seed, device in enumerate(devices[:2]):
+        device.check_in()
+        assert device.send(wire.encode(delta_of(adapter.spec, seed))).accepted
+    revoke(gateway.folder.folder, devices[0].name)
+    gateway.closer.due()
+    assert row_of(gateway.parts.store, row)["state"] == "open"  # the third had no draw yet
+    for device in devices:
+        device.hang_up()
