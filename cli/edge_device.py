@@ -37,10 +37,12 @@ def enroll(
 ) -> int:
     """Enrol this device with a gateway. The private key is made here and stays here."""
     from anabranch.edge.runtime.enrol import Invitation, enrol, read_authority
+    from anabranch.edge.runtime.loop import only_one
 
     place = _home(home)
     pem = None if authority is None else read_authority(authority)
-    done = enrol(place, Invitation.parse(token), authority=pem, force=force)
+    with only_one(place):
+        done = enrol(place, Invitation.parse(token), authority=pem, force=force)
     result = {"device": done.device, "gateway": done.address, "home": str(place.folder)}
     emit(result, f"enrolled as {done.device} with {done.address}", as_json=as_json)
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 from anabranch.cli.edge_trust import Home_, Trust, trusted_keys
 from anabranch.cli.output import Json, Progress, emit, table
+from anabranch.protocols.errors import BundleError
 
 
 class Precision(StrEnum):
@@ -28,13 +30,13 @@ def keygen(
     """Make a key that signs bundles (Ed25519)."""
     from anabranch.edge.runtime.files import write_atomic
     from anabranch.edge.runtime.trust import new_key
-    from anabranch.protocols.errors import BundleError
 
     beside = key.with_name(key.name + ".pub")
     if beside.exists():
         raise BundleError(f"{beside}: exists, and a key is never overwritten; choose another path")
-    public = new_key(key).hex()
-    write_atomic(beside, f"{public}\n".encode())
+    with _writing(key):
+        public = new_key(key).hex()
+        write_atomic(beside, f"{public}\n".encode())
     text = f"private key  {key}  (keep it; whoever has it can sign)\npublic key   {beside}"
     emit({"private": str(key), "public": str(beside), "key": public}, text, as_json=as_json)
     return 0
@@ -80,7 +82,7 @@ def export(
         artifacts=artifacts,
         memory_bytes=None if memory_mb is None else memory_mb << 20,
     )
-    with Progress() as progress:
+    with _writing(bundle), Progress() as progress:
         manifest = export_run(
             run, bundle, request=request, records=records, key=key, on_stage=_stage(progress)
         )
@@ -105,6 +107,15 @@ def export(
     }  # fmt: skip
     emit(result, "\n".join(lines), as_json=as_json)
     return 0
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses while `path` is written into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error})") from None
 
 
 def _stage(progress: Progress) -> Callable[[str], None]:
@@ -138,7 +149,8 @@ def pack(
     """Put a bundle into one file; the same bundle gives the same bytes."""
     from anabranch.edge.runtime.archive import pack as write
 
-    write(bundle, archive)
+    with _writing(archive):
+        write(bundle, archive)
     size = archive.stat().st_size
     emit({"archive": str(archive), "bytes": size}, f"{archive}: {size:,} bytes", as_json=as_json)
     return 0

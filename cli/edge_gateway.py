@@ -87,7 +87,11 @@ def serve(folder: Folder, as_json: Json = False) -> int:
         signal.signal(number, lambda *_: ended.set())
     with start(folder) as gateway:
         ports = {"port": gateway.port, "enroll_port": gateway.enroll_port}
-        text = f"serving on port {gateway.port}, enrolment on port {gateway.enroll_port}"
+        bundles = ", ".join(one.key for one in gateway.parts.shelf.bundles) or "none"
+        text = (
+            f"serving on port {gateway.port}, enrolment on port {gateway.enroll_port}; "
+            f"bundles: {bundles}"
+        )
         emit(ports, text, as_json=as_json)
         ended.wait()
     return 0

@@ -14,9 +14,7 @@ refused, not shipped.
 from __future__ import annotations
 
 import importlib.metadata
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,9 +30,10 @@ from anabranch.client.tuning.lora import load_adapter
 from anabranch.client.tuning.tables import TableClassifier
 from anabranch.client.tuning.text import TextClassifier
 from anabranch.client.tuning.vision import ImageClassifier
+from anabranch.edge.export.accuracy import Inputs, measured_on, torch_accuracy
 from anabranch.edge.export.artifacts import artifacts
 from anabranch.edge.export.joint import infer_graph, step_graph
-from anabranch.edge.export.joint_check import check_against_torch, torch_accuracy
+from anabranch.edge.export.joint_check import check_against_torch
 from anabranch.edge.export.onnx import input_names
 from anabranch.edge.export.quantize import oldest_onnxruntime, quantize_infer, quantize_step
 from anabranch.edge.export.tokenizer import tokenizer_data, write_tokenizer
@@ -45,7 +44,6 @@ from anabranch.edge.runtime.bundle_manifest import (
     Graph,
     Limits,
     Manifest,
-    Measured,
     Memory,
     Precision,
     Role,
@@ -53,25 +51,22 @@ from anabranch.edge.runtime.bundle_manifest import (
 )
 from anabranch.edge.runtime.files import staged, write_atomic
 from anabranch.edge.runtime.manifest import TOKENIZER, entry
-from anabranch.edge.runtime.measure import Job, measure, memory_model, unverified
+from anabranch.edge.runtime.measure import Job, measure, memory_model
 from anabranch.edge.runtime.onnx_adapter import supported, write_onnx_adapter
-from anabranch.edge.runtime.predict import Predictor
 from anabranch.edge.runtime.trust import public_bytes, sign
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, ReleaseError
+from anabranch.protocols.tables import Name
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 ROLES: tuple[Role, ...] = ("train_step", "train_step_dp", "infer")
 MICRO_BATCH = 4  # records of full length that the default memory limit has room for
 MAX_RECORDS = 256
-LATENCY_RUNS = 40
 INT4_TOLERANCE = 0.015
-FP32_TOLERANCE = 1e-3  # accuracy, or one record if that is more: ties may break differently
 PACKAGES = ("anabranch", "torch", "onnx", "onnxruntime", "onnxruntime-training-cpu", "numpy")
 
-Inputs = Sequence[str] | NDArray[np.float32]
 Models = dict[str, onnx.ModelProto]
 OnStage = Callable[[str], None]
 
@@ -117,8 +112,10 @@ def make_bundle(
         ModelError: the base cannot be exported, or its tokenizer is not WordPiece.
         IncompatibleAdapter: the adapter is for another base.
         DeviceError: `request.memory_bytes` has no room for one record.
+        ConfigError: the name is none that a manifest takes.
     There is no folder then.
     """
+    _require_name(request.name)
     if folder.exists():
         raise ReleaseError(f"{folder} exists already: move it away, or write elsewhere")
     if len(inputs) == 0 or len(inputs) != len(labels):
@@ -138,14 +135,30 @@ def make_bundle(
         manifest = _with_memory(stage, manifest, request)
         _list(stage, manifest)
         on_stage("measuring accuracy")
+        allowed: dict[Precision, float] = {
+            "int8": config.release.int8_tolerance,
+            "int4": INT4_TOLERANCE,
+            **request.tolerance,
+        }
+        precisions = [p for p in PRECISIONS if p in request.precisions]
         truth = torch_accuracy(classifier, inputs, labels)
-        measured = _measure(stage, manifest, request, config, inputs, labels, truth)
+        measured = measured_on(stage, precisions, inputs, labels, truth=truth, allowed=allowed)
         manifest = msgspec.structs.replace(manifest, measured=measured)
         _list(stage, manifest)
         data = (stage / names.MANIFEST).read_bytes()
         write_atomic(stage / names.SIGNATURE, sign(data, signing_key))
         manifest = open_bundle(stage, trusted=[public_bytes(signing_key)]).manifest
     return manifest
+
+
+def _require_name(name: str) -> None:
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        raise ConfigError(
+            f"name {name!r}: expected 1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter "
+            "or digit"
+        ) from None
 
 
 def _graphs(classifier: Classifier, adapter: Adapter, request: Request) -> Models:
@@ -280,65 +293,6 @@ def _with_memory(stage: Path, manifest: Manifest, request: Request) -> Manifest:
         memory_bytes=request.memory_bytes or room, max_records=MAX_RECORDS, max_tokens=longest
     )
     return msgspec.structs.replace(manifest, graphs=graphs, limits=limits)
-
-
-def _measure(
-    stage: Path,
-    manifest: Manifest,
-    request: Request,
-    config: RunConfig,
-    inputs: Inputs,
-    labels: NDArray[np.int64],
-    truth: float,
-) -> dict[Precision, Measured]:
-    """Return accuracy and latency of each precision; refuse one that loses too much.
-
-    `truth` is torch's accuracy on the same records, which fp32 must have.
-    """
-    bundle = unverified(stage)
-    allowed = {"int8": config.release.int8_tolerance, "int4": INT4_TOLERANCE} | request.tolerance
-    measured: dict[Precision, Measured] = {}
-    for precision in (p for p in PRECISIONS if p in request.precisions):  # fp32 first
-        predictor = Predictor.open(bundle, precision=precision, threads=1)
-        right = predictor.logits(inputs).argmax(1) == labels
-        milliseconds = _latencies(predictor, inputs)
-        graph = manifest.graphs[key("infer", precision)]
-        measured[precision] = Measured(
-            records=len(labels),
-            accuracy=float(right.mean()),
-            p50_ms=statistics.median(milliseconds),
-            p95_ms=float(np.percentile(milliseconds, 95)),
-            bytes=sum((stage / name).stat().st_size for name in (graph.file, *graph.data)),
-        )
-        if precision == "fp32":
-            _require_accuracy(measured["fp32"], truth)
-        loss = measured["fp32"].accuracy - measured[precision].accuracy
-        if precision != "fp32" and loss > allowed[precision]:
-            raise ReleaseError(
-                f"{precision} loses {loss:.4f} of accuracy on {len(labels)} held-out records, "
-                f"{allowed[precision]:g} is allowed: leave {precision} out of --precisions, or "
-                "allow more"
-            )
-    return measured
-
-
-def _require_accuracy(fp32: Measured, truth: float) -> None:
-    if abs(fp32.accuracy - truth) > max(FP32_TOLERANCE, 1.5 / fp32.records):
-        raise ReleaseError(
-            f"the fp32 graph has accuracy {fp32.accuracy:.4f} on {fp32.records} held-out records, "
-            f"torch {truth:.4f}: the export is wrong, no bundle is made"
-        )
-
-
-def _latencies(predictor: Predictor, inputs: Inputs) -> list[float]:
-    """Return milliseconds of single records, tokenization included."""
-    result = []
-    for i in range(LATENCY_RUNS + 3):
-        at = i % len(inputs)
-        began = time.perf_counter()
-        predictor.logits(inputs[at : at + 1])
-        result.append(1000 * (time.perf_counter() - began))
-    return result[3:]  # the first runs allocate
 
 
 def _list(stage: Path, manifest: Manifest) -> None:

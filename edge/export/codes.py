@@ -20,7 +20,7 @@ Bytes = NDArray[np.uint8]
 
 ZERO = 8  # the 4-bit code of zero
 SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70)  # factors of a block's scale that are tried
-LEAST = np.finfo(np.float32).tiny  # of a scale: with less, codes would be 0 / 0
+LEAST = np.float32(np.finfo(np.float32).tiny)  # of a scale: with less, codes would be 0 / 0
 ROWS = 4096  # handled at once, so that memory does not grow with the vocabulary
 
 
@@ -88,8 +88,9 @@ def _blocks(weights: Floats, block: int) -> tuple[Bytes, Floats]:
     values = padded.reshape(rows, count, block)
     at = np.abs(values).argmax(axis=2)[:, :, None]
     largest = np.take_along_axis(values, at, axis=2)
-    full = largest / -np.float32(ZERO)
-    full = np.where(np.abs(full) * np.float32(SHRINK[-1]) >= LEAST, full, 1).astype(np.float32)
+    exact = largest / -np.float32(ZERO)
+    large = np.abs(exact) * np.float32(SHRINK[-1]) >= LEAST
+    full = np.where(large, exact, 1).astype(np.float32)
     best = np.full((rows, count, 1), np.inf, np.float32)
     scales, codes = full.copy(), np.full(values.shape, ZERO, np.uint8)
     for factor in SHRINK:

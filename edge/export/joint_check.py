@@ -1,4 +1,4 @@
-"""Whether a graph in onnxruntime computes what torch computes: the gates before publication.
+"""Whether a step in onnxruntime computes what torch computes: the gate before publication.
 
 The reference is plain torch: `classifier.logits` on an adapter that is not zero, cross-entropy,
 torch.autograd.grad, and for the clipped form one backward pass per record. Two batches: one
@@ -7,7 +7,7 @@ record, and five of another length with padding tokens and a row of weight 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.client.tuning.classifier import Classifier
-from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.text import TextClassifier
 from anabranch.edge.export.joint_trace import logits_with, model_shape
@@ -28,7 +27,6 @@ TOLERANCE = 1e-4  # largest difference, relative to the largest value of the gro
 NOISE = 0.02  # standard deviation of what is added to the adapter, so that no gradient is zero
 BOUND = 0.5  # clipping norm, times the median norm of a record's gradient
 GRADIENT = ".grad"
-BATCH = 64  # records of like length that torch classifies at once
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -95,21 +93,6 @@ def reference(
         found["norms"] = torch.stack(norms)
     found |= {f"{n}{GRADIENT}": g for n, g in zip(names, sums, strict=True)}
     return {name: value.detach().numpy() for name, value in found.items()}
-
-
-def torch_accuracy(
-    classifier: Classifier, inputs: Sequence[str] | NDArray[np.float32], labels: NDArray[np.int64]
-) -> float:
-    """Return the share of records that the classifier gets right in torch."""
-    encoded = classifier.encode(inputs)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    right = 0
-    with torch.inference_mode():
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            logits = classifier.logits(*collate([encoded[i] for i in rows]))
-            right += int((logits.numpy().argmax(1) == labels[rows]).sum())
-    return right / len(labels)
 
 
 def largest_difference(expected: Arrays, got: Arrays) -> tuple[str, float]:

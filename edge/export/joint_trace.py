@@ -156,7 +156,8 @@ def model_shape(classifier: Classifier) -> tuple[int, ...]:
 
 def _unused(taken: set[int], limit: int) -> int:
     """Return a size that no tensor has, so that nothing is mistaken for a free size."""
-    return next((n for n in range(min(13, limit), limit + 1) if n not in taken), min(13, limit))
+    first = min(13, limit)
+    return next((n for n in (*range(first, limit + 1), *range(first, 1, -1)) if n not in taken), 2)
 
 
 def _trace(

@@ -1,7 +1,8 @@
 """How a round ends: the sum of what was counted, or a reason why there is none.
 
 A round ends at its deadline, or as soon as `cohort` deltas are counted. With [client_privacy] it
-ends early only when every device has had its draw and nobody who was drawn is still at work.
+ends early only when every device has had its draw and nobody who was drawn is still at work. When
+it ends then depends on who came: the time of an answer is not covered by ε.
 
 Deltas are read back one at a time, in the order of their SHA-256 (then of their tasks): the sum
 does not depend on who was fast, and is the same bits after a restart. `closing` is written first,
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from anabranch.edge.gateway.aggregate import Total, total_of
+from anabranch.edge.gateway.asking import CLIENT
 from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
 from anabranch.edge.gateway.published import put_frame
 from anabranch.edge.gateway.spool import Spool
@@ -28,7 +31,7 @@ from anabranch.edge.gateway.store import Row, Store
 from anabranch.edge.gateway.tasks import Asked, asked_of
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Delta
-from anabranch.protocols.errors import AnabranchError, RunError
+from anabranch.protocols.errors import AnabranchError, PrivacyError, RunError
 from anabranch.protocols.randomness import Randomness
 
 log = logging.getLogger(__name__)
@@ -54,13 +57,20 @@ class Closer:
         return self.spool.sweep()
 
     def due(self, now: float | None = None) -> list[int]:
-        """End every round whose time has come, or that a crash left half ended; return them."""
+        """End every round whose time has come, or that a crash left half ended; return them.
+
+        A round that cannot be ended now (a full disk) is logged and tried again; the others end.
+        """
         now = time.time() if now is None else now
         ended, query = [], "SELECT * FROM rounds WHERE state IN ('open', 'closing')"
         with self.turn:
             for row in self.store.rows(query):
                 if row["state"] == "closing" or now >= row["deadline"] or self._enough(row):
-                    self.close(row)
+                    try:
+                        self.close(row)
+                    except (OSError, ValueError, sqlite3.Error, MemoryError):
+                        log.exception("round %d cannot be ended now", row["number"])
+                        continue
                     ended.append(int(row["id"]))
         return ended
 
@@ -81,6 +91,7 @@ class Closer:
         counted = self.store.rows(
             "SELECT * FROM counted WHERE round = ? ORDER BY sha, task", row["id"]
         )
+        self._require_plan(row)
         plan, least = self.file.client_privacy, self.file.min_cohort
         if plan is None and len(counted) < least:
             reason = (
@@ -104,6 +115,23 @@ class Closer:
             steps=delta.steps,
             clients=len(counted),
         )
+
+    def _require_plan(self, row: Row) -> None:
+        """Raise PrivacyError unless the plan is the one spent when the round was opened."""
+        spent = self.store.row(
+            "SELECT * FROM spends WHERE run = ? AND number = ? AND unit = ?",
+            row["run"],
+            row["number"],
+            CLIENT,
+        )
+        plan = self.file.client_privacy
+        now = None if plan is None else (plan.noise_multiplier, plan.sample_rate)
+        then = None if spent is None else (spent["noise"], spent["rate"])
+        if now != then:
+            raise PrivacyError(
+                f"gateway {self.file.name}: [client_privacy] of gateway.toml was changed while "
+                "the round was open, after its cost was written down: nothing is sent on"
+            )
 
     def _delta(self, row: Row, asked: Asked, counted: list[Row]) -> Delta:
         config, plan = asked.assignment.config, self.file.client_privacy
@@ -137,8 +165,11 @@ class Closer:
         counted = self._tally(row, "counted")
         if self.file.client_privacy is None:
             return counted >= self.file.cohort
-        drawn = self.store.row("SELECT count(*) AS n FROM draws WHERE round = ?", row["id"])
-        active = self.store.row("SELECT count(*) AS n FROM devices WHERE revoked IS NULL")
+        query = "SELECT count(*) AS n FROM devices WHERE revoked IS NULL"
+        active = self.store.row(query)
+        drawn = self.store.row(
+            f"{query} AND id IN (SELECT device FROM draws WHERE round = ?)", row["id"]
+        )
         waiting = self._tally(row, "handed")
         return bool(drawn and active and drawn["n"] >= active["n"] > 0 and waiting == 0)
 
@@ -174,9 +205,10 @@ class Closer:
             db.execute(f"DELETE FROM uploads WHERE task IN ({tasks})", (row["id"],))
         for upload in uploads:
             self.spool.remove(upload["id"])
-        needed = self.store.row(
-            "SELECT 1 FROM rounds WHERE adapter = ? AND state IN ('open', 'closing')",
-            row["adapter"],
-        )
-        if needed is None:
-            (self.folder.files / row["adapter"]).unlink(missing_ok=True)
+        with self.store.writing() as db:  # no round is opened with this adapter meanwhile
+            needed = db.execute(
+                "SELECT 1 FROM rounds WHERE adapter = ? AND state IN ('open', 'closing')",
+                (row["adapter"],),
+            ).fetchone()
+            if needed is None:
+                (self.folder.files / row["adapter"]).unlink(missing_ok=True)

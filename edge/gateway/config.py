@@ -39,10 +39,12 @@ from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.tables import Count, Fraction, Name, Positive
 
 GATEWAY_FILE = "gateway.toml"
+MESSAGE = 4096  # bytes of a message beside a chunk
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Host = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}\Z")]
 HexKey = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Delta = Annotated[float, msgspec.Meta(gt=0, lt=0.1)]
+Seconds = Annotated[float, msgspec.Meta(ge=300, le=3600)]
 Chunk = Annotated[int, msgspec.Meta(ge=1024, le=1 << 20)]
 
 
@@ -55,7 +57,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     enrolments_a_minute: Count = 120  # of all: guessing tokens is slow
     bytes_a_day: Count = 4 << 30  # of one device, both ways
     open_uploads: Count = 2  # of one device
-    call_s: Positive = 600.0  # longest deadline of a call
+    call_s: Seconds = 600.0  # longest deadline of a call; devices give a transfer 300
     chunk_bytes: Chunk = 65536
     message_bytes: Annotated[int, msgspec.Meta(ge=4096, le=16 << 20)] = 1 << 20
     max_examples: Count = 1_000_000  # records that one device may claim
@@ -121,6 +123,12 @@ def _check(file: GatewayFile) -> None:
         raise ValueError(
             f"min_cohort = {file.min_cohort} is above cohort = {file.cohort}: a round would end "
             "before it may be sent"
+        )
+    limits = file.limits
+    if limits.message_bytes < limits.chunk_bytes + MESSAGE:
+        raise ValueError(
+            f"limits.message_bytes = {limits.message_bytes}: expected at least {MESSAGE} more than "
+            f"chunk_bytes = {limits.chunk_bytes}, as a chunk travels in one message"
         )
     private = file.client_privacy
     if private is None:

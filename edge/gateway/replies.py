@@ -73,6 +73,13 @@ def until_broken(chunks: Iterator[edge_pb2.UploadChunk]) -> Iterator[edge_pb2.Up
         log.info("Upload broke off")
 
 
+def only(requests: Iterator[T]) -> T:
+    """Return the one message of a call, as soon as it is there; Malformed if it ends without."""
+    for request in requests:
+        return request
+    raise Malformed("request: the call ended without a message")
+
+
 def at(host: str, port: int) -> str:
     """Return host:port, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from anabranch.edge.gateway.asking import require_population
 from anabranch.edge.gateway.config import GatewayFile
-from anabranch.edge.gateway.refusals import Exhausted, Gap, Malformed, Unknown
+from anabranch.edge.gateway.refusals import Exhausted, Gap, Malformed, Superseded, Unknown
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Row, Store
 from anabranch.edge.gateway.tasks import (
@@ -125,7 +125,8 @@ class Rounds:
         """Announce an upload of a task; idempotent on (task, sha256).
 
         Another sha256 takes the place of what the task announced before, unless that was
-        counted. Raises Unknown, Malformed (size or digest), Exhausted (open uploads).
+        counted. Raises Unknown, Malformed (size or digest), Exhausted (open uploads), Superseded
+        (the task was counted or ended meanwhile).
         """
         mine, row = self._mine(device, task)
         if len(sha) != 32:
@@ -149,6 +150,9 @@ class Rounds:
 
     def _announce(self, device: str, task: str, upload: str, sha: bytes, size: int) -> None:
         with self.store.writing() as db:
+            mine = _one(db, "SELECT state FROM tasks WHERE id = ?", task)
+            if mine is None or mine["state"] != HANDED:  # its bytes may be counted by now
+                raise Superseded("task: its state changed meanwhile; call BeginUpload again")
             old = _one(db, "SELECT * FROM uploads WHERE task = ?", task)
             if old is not None and old["id"] == upload:
                 return
@@ -235,12 +239,14 @@ class Rounds:
 
     def _refuse(self, task: str, upload: str, reason: str) -> None:
         with self.store.writing() as db:
-            db.execute(
+            changed = db.execute(
                 "UPDATE tasks SET state = 'refused', reason = ? WHERE id = ? AND state = 'handed'",
                 (reason[:500], task),
             )
-            db.execute("DELETE FROM uploads WHERE id = ?", (upload,))
-        self.spool.remove(upload)
+            if changed.rowcount:
+                db.execute("DELETE FROM uploads WHERE id = ?", (upload,))
+        if changed.rowcount:  # else another call has counted these bytes meanwhile
+            self.spool.remove(upload)
 
     def abort(self, device: str, task: str, reason: str) -> None:
         """Take a task back; its place is free for another device. Unknown if it is not there."""

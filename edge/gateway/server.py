@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from anabranch.edge.gateway.closing import Closer
 from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
 from anabranch.edge.gateway.limits import Quotas
 from anabranch.edge.gateway.published import Shelf
-from anabranch.edge.gateway.replies import at
+from anabranch.edge.gateway.refusals import Malformed
+from anabranch.edge.gateway.replies import at, end, only, require_deadline
 from anabranch.edge.gateway.rounds import Rounds
-from anabranch.edge.gateway.service import Door, Parts, Service
+from anabranch.edge.gateway.service import DOOR_S, Door, Parts, Service
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Store
-from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
+from anabranch.edge.generated import edge_pb2
 from anabranch.protocols.errors import ConfigError
 
 NAME = edge_pb2.DESCRIPTOR.services_by_name["EdgeGateway"].full_name
@@ -107,7 +109,7 @@ def start(path: Path) -> Gateway:
     inner = grpc.server(
         ThreadPoolExecutor(calls, "call"), options=options, maximum_concurrent_rpcs=calls
     )
-    edge_pb2_grpc.add_EdgeGatewayServicer_to_server(Service(parts), inner)
+    inner.add_generic_rpc_handlers((_calls(Service(parts)),))
     outer = grpc.server(
         ThreadPoolExecutor(DOOR_CALLS, "enrol"), options=options, maximum_concurrent_rpcs=DOOR_CALLS
     )
@@ -162,8 +164,27 @@ def _bind(server: grpc.Server, address: str, credentials: Any) -> int:
     return port
 
 
+def _calls(service: Service) -> Any:
+    """Return the handlers of the service, all for streams of messages.
+
+    On the wire a stream of one message is a unary call. gRPC would wait for that message first,
+    for as long as the peer likes, with a thread that no quota knows of.
+    """
+    handlers = {}
+    for method in edge_pb2.DESCRIPTOR.services_by_name["EdgeGateway"].methods:
+        kind = grpc.stream_unary_rpc_method_handler
+        if method.server_streaming:
+            kind = grpc.stream_stream_rpc_method_handler
+        handlers[method.name] = kind(
+            getattr(service, method.name),
+            request_deserializer=getattr(edge_pb2, method.input_type.name).FromString,
+            response_serializer=getattr(edge_pb2, method.output_type.name).SerializeToString,
+        )
+    return grpc.method_handlers_generic_handler(NAME, handlers)
+
+
 def _door(door: Door) -> Any:
-    enroll = grpc.unary_unary_rpc_method_handler(
+    enroll = grpc.stream_unary_rpc_method_handler(
         door.enroll,
         request_deserializer=edge_pb2.EnrollRequest.FromString,
         response_serializer=edge_pb2.EnrollReply.SerializeToString,
@@ -174,12 +195,17 @@ def _door(door: Door) -> Any:
 def _health() -> Any:
     """Return grpc.health.v1.Health/Check. Watch, which stays open, is not offered."""
 
-    def check(request: health_pb2.HealthCheckRequest, context: Any) -> Any:
+    def check(requests: Iterator[health_pb2.HealthCheckRequest], context: Any) -> Any:
+        try:
+            require_deadline(context, DOOR_S)
+            request = only(requests)
+        except Malformed as error:
+            end(context, error)
         if request.service not in ("", NAME):
             context.abort(grpc.StatusCode.NOT_FOUND, "service: unknown")
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
-    handler = grpc.unary_unary_rpc_method_handler(
+    handler = grpc.stream_unary_rpc_method_handler(
         check,
         request_deserializer=health_pb2.HealthCheckRequest.FromString,
         response_serializer=health_pb2.HealthCheckResponse.SerializeToString,

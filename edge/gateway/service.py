@@ -1,8 +1,9 @@
 """The gRPC service of protocols/edge.proto: requests in, replies out, refusals as status codes.
 
-Every call: the peer's certificate names the device (authority.py), which must be known and not
-revoked; the deadline is at most call_s; quotas are checked (limits.py). No field of a request says
-who the device is. What the gateway refuses comes back as the status of its Refusal, any other
+Every call, before its first message is waited for: the peer's certificate names the device
+(authority.py), which must be known and not revoked; the deadline is at most call_s; quotas are
+checked (limits.py). So every method takes an iterator of messages. No field of a request says who
+the device is. What the gateway refuses comes back as the status of its Refusal, any other
 mistake of a peer as INVALID_ARGUMENT; the text of an unforeseen error stays in the log. Payloads,
 tokens and certificates are never logged.
 """
@@ -38,6 +39,7 @@ from anabranch.edge.gateway.replies import (
     at,
     boundary,
     end,
+    only,
     reference,
     require_capabilities,
     require_deadline,
@@ -56,6 +58,7 @@ from anabranch.protocols.errors import AnabranchError
 from anabranch.protocols.spec import shown
 
 COUNT_EVERY = 16 << 20  # bytes of a download between two notes of them
+DOOR_S = 60.0  # longest deadline of a call without a certificate
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,13 +83,15 @@ class Door:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
-    def enroll(self, request: edge_pb2.EnrollRequest, context: Any) -> edge_pb2.EnrollReply:
+    def enroll(
+        self, requests: Iterator[edge_pb2.EnrollRequest], context: Any
+    ) -> edge_pb2.EnrollReply:
         """Exchange a token and a certificate request for a certificate."""
 
         def enroll() -> edge_pb2.EnrollReply:
-            require_deadline(context, self._parts.file.limits.call_s)
+            require_deadline(context, min(DOOR_S, self._parts.file.limits.call_s))
             with self._parts.quotas.call(EVERYBODY):
-                return self._enroll(request)
+                return self._enroll(only(requests))
 
         return answered("Enroll", context, enroll)
 
@@ -106,22 +111,26 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
-    def Enroll(self, request: edge_pb2.EnrollRequest, context: Any) -> edge_pb2.EnrollReply:
+    def Enroll(
+        self, requests: Iterator[edge_pb2.EnrollRequest], context: Any
+    ) -> edge_pb2.EnrollReply:
         """Renew the certificate of a device that has one: no token."""
 
-        def renew(device: str) -> edge_pb2.EnrollReply:
+        def renew(device: str, request: edge_pb2.EnrollRequest) -> edge_pb2.EnrollReply:
             if request.token:
                 raise Malformed("token: must be empty here; a token is for the enrolment port")
             key = key_digest(request_key(request.certificate_request))
             self._parts.store.renew(device, key)
             return _certified(self._parts, device, request.certificate_request)
 
-        return self._unary("Enroll", context, renew)
+        return self._unary("Enroll", context, lambda device: renew(device, only(requests)))
 
-    def CheckIn(self, request: edge_pb2.CheckInRequest, context: Any) -> edge_pb2.CheckInReply:
+    def CheckIn(
+        self, requests: Iterator[edge_pb2.CheckInRequest], context: Any
+    ) -> edge_pb2.CheckInReply:
         """Return a task, or when to ask again."""
 
-        def check_in(device: str) -> edge_pb2.CheckInReply:
+        def check_in(device: str, request: edge_pb2.CheckInRequest) -> edge_pb2.CheckInReply:
             said = request.capabilities
             require_capabilities(said, self._parts.file.limits.max_examples)
             require_text("resume_task", request.resume_task)
@@ -135,13 +144,15 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
                 return edge_pb2.CheckInReply(retry=window(got))
             return edge_pb2.CheckInReply(task=self._task(got))
 
-        return self._unary("CheckIn", context, check_in)
+        return self._unary("CheckIn", context, lambda device: check_in(device, only(requests)))
 
-    def Fetch(self, request: edge_pb2.FetchRequest, context: Any) -> Iterator[edge_pb2.Chunk]:
+    def Fetch(
+        self, requests: Iterator[edge_pb2.FetchRequest], context: Any
+    ) -> Iterator[edge_pb2.Chunk]:
         """Yield a file from an offset; one chunk is held at a time."""
         try:
             with boundary("Fetch"), self._admitted(context) as device:
-                yield from self._chunks(device, request)
+                yield from self._chunks(device, only(requests))
         except (AnabranchError, Failed) as error:
             end(context, error)
 
@@ -165,21 +176,23 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
                     if waiting >= COUNT_EVERY:
                         self._parts.quotas.count_bytes(device, waiting)
                         waiting = 0
+                        self._parts.store.require_device(device)
+                        left = self._parts.quotas.require_bytes(device)
         finally:
             self._parts.quotas.count_bytes(device, waiting)
 
     def BeginUpload(
-        self, request: edge_pb2.BeginUploadRequest, context: Any
+        self, requests: Iterator[edge_pb2.BeginUploadRequest], context: Any
     ) -> edge_pb2.UploadStatus:
         """Say how many bytes of an upload are there."""
 
-        def begin(device: str) -> edge_pb2.UploadStatus:
+        def begin(device: str, request: edge_pb2.BeginUploadRequest) -> edge_pb2.UploadStatus:
             require_text("task", request.task)
             self._parts.quotas.require_bytes(device)
             got = self._parts.rounds.begin(device, request.task, request.sha256, request.size)
             return self._status(got)
 
-        return self._unary("BeginUpload", context, begin)
+        return self._unary("BeginUpload", context, lambda device: begin(device, only(requests)))
 
     def Upload(self, chunks: Iterator[edge_pb2.UploadChunk], context: Any) -> edge_pb2.UploadStatus:
         """Append chunks to one upload; what is safe stays when the stream breaks."""
@@ -190,7 +203,7 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
         return self._unary("Upload", context, upload)
 
     def _append(self, device: str, chunks: Iterator[edge_pb2.UploadChunk]) -> Status:
-        writer, left = None, self._parts.quotas.require_bytes(device)
+        writer, left, came = None, self._parts.quotas.require_bytes(device), 0
         try:
             for chunk in until_broken(chunks):
                 require_text("upload", chunk.upload)
@@ -201,7 +214,7 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
                     writer = self._parts.spool.open(chunk.upload, device)
                 elif chunk.upload != writer.upload:
                     raise Malformed("upload: one stream carries one upload")
-                left -= len(chunk.data)
+                left, came = left - len(chunk.data), came + len(chunk.data)
                 if left < 0:
                     raise Exhausted("bytes: today's are used up; come back after midnight UTC")
                 writer.add(chunk.offset, chunk.data, chunk.crc32)
@@ -213,13 +226,18 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
                     writer.checkpoint()
                 finally:
                     writer.close()
+                    again = came - writer.counted  # what was there already, or was damaged
+                    if again > 0:
+                        self._parts.quotas.count_bytes(device, again)
         state = "COMPLETE" if writer.complete else "OPEN"
         return Status(writer.upload, writer.committed, state)
 
-    def Commit(self, request: edge_pb2.CommitRequest, context: Any) -> edge_pb2.CommitReply:
+    def Commit(
+        self, requests: Iterator[edge_pb2.CommitRequest], context: Any
+    ) -> edge_pb2.CommitReply:
         """Count a delta, once."""
 
-        def commit(device: str) -> edge_pb2.CommitReply:
+        def commit(device: str, request: edge_pb2.CommitRequest) -> edge_pb2.CommitReply:
             require_text("task", request.task)
             require_text("upload", request.upload)
             got = self._parts.rounds.commit(
@@ -233,18 +251,18 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
             after = window(self._parts.rounds.retry("come back for the next round"))
             return edge_pb2.CommitReply(accepted=got.accepted, reason=got.reason, next=after)
 
-        return self._unary("Commit", context, commit)
+        return self._unary("Commit", context, lambda device: commit(device, only(requests)))
 
-    def Abort(self, request: edge_pb2.AbortRequest, context: Any) -> edge_pb2.AbortReply:
+    def Abort(self, requests: Iterator[edge_pb2.AbortRequest], context: Any) -> edge_pb2.AbortReply:
         """Take a task back."""
 
-        def abort(device: str) -> edge_pb2.AbortReply:
+        def abort(device: str, request: edge_pb2.AbortRequest) -> edge_pb2.AbortReply:
             require_text("task", request.task)
             require_text("reason", request.reason)
             self._parts.rounds.abort(device, request.task, shown(request.reason, MAX_TEXT))
             return edge_pb2.AbortReply(next=window(self._parts.rounds.retry("task given back")))
 
-        return self._unary("Abort", context, abort)
+        return self._unary("Abort", context, lambda device: abort(device, only(requests)))
 
     def _unary(self, name: str, context: Any, work: Callable[[str], T]) -> T:
         def admitted() -> T:

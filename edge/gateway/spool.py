@@ -88,6 +88,7 @@ class Writer:
         self.complete = bool(row["complete"])
         self._sha = bytes(row["sha"])
         self.end = self.committed
+        self.counted = 0  # bytes of this call that are in the device's traffic
         self._file: int | None = None  # descriptor: nothing is buffered beyond a call's end
 
     def add(self, offset: int, data: bytes, crc: int) -> None:
@@ -148,6 +149,7 @@ class Writer:
             )
             moved = max(self.end - self.committed, 0)
             count_traffic(db, self._device, int(time.time()) // 86400, moved)
+        self.counted += moved
         self.committed = self.end = committed
         self.complete = complete
 

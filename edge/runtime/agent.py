@@ -13,7 +13,8 @@ the action that was under way and nothing else. The first line that applies:
     no task; all conditions hold; the server's time has come           Ask
     else                                                               Wait
 
-The memory between steps is agent.json: failures in a row, when the next call is due, why.
+The memory between steps is agent.json: failures in a row, when the next call is due, why. A call
+that is due in more than a week was written before the clock was set back: it is due now.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Annotated
 
 import msgspec
 
-from anabranch.edge.runtime.backoff import Backoff, Window, next_delay_s
+from anabranch.edge.runtime.backoff import MAX_WINDOW_S, Backoff, Window, next_delay_s
 from anabranch.edge.runtime.conditions import Unmet, only_network, without_network
 from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.spool import Entry
 
 FILE = "agent.json"
+MAX_LAST = 500  # characters of what happened last
 POLL_S = 60.0  # between two looks at conditions that do not hold
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -41,6 +43,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     failures: Annotated[int, msgspec.Meta(ge=0)] = 0  # of calls, in a row
     call_unix: Seconds = 0.0  # no call to the gateway before
     ask_unix: Seconds = 0.0  # no check-in before: the server's window
+    told: Annotated[int, msgspec.Meta(ge=0)] = 0  # records, at the last check-in
     last: str = ""  # what happened last, for `status`
 
 
@@ -125,7 +128,7 @@ def decide(facts: Facts) -> Action:
     if doing is not None and now > doing.deadline_unix:
         return Expire()
     offline = only_network(facts.unmet)
-    may_call = not offline and now >= memory.call_unix
+    may_call = not offline and _due_s(memory.call_unix, now) <= 0
     if facts.entries and may_call:
         return Send(facts.entries[0])
     if doing is not None and doing.ready:
@@ -133,7 +136,7 @@ def decide(facts: Facts) -> Action:
         return _wait(facts, held) if held else Train()
     if doing is not None:
         return Pull() if may_call else _wait(facts, offline)
-    if not facts.unmet and now >= max(memory.call_unix, memory.ask_unix):
+    if not facts.unmet and max(_due_s(memory.call_unix, now), _due_s(memory.ask_unix, now)) <= 0:
         return Ask()
     return _wait(facts, facts.unmet)
 
@@ -142,30 +145,41 @@ def _wait(facts: Facts, reasons: tuple[Unmet, ...]) -> Wait:
     """Wait until the next call is due, or for POLL_S where conditions may change sooner."""
     memory, now = facts.memory, facts.now_unix
     idle = facts.doing is None and not facts.entries
-    due = max(memory.call_unix, memory.ask_unix if idle else 0.0) - now
+    due = max(_due_s(memory.call_unix, now), _due_s(memory.ask_unix, now) if idle else 0.0)
     if reasons:
         return Wait(max(min(due, POLL_S), 0.0) or POLL_S, tuple(map(str, reasons)))
     return Wait(min(max(due, 0.0), POLL_S) or POLL_S, ("the next call is not due yet",))
 
 
+def _due_s(due_unix: float, now: float) -> float:
+    """Return in how many seconds a call is due; none was ever put off by more than MAX_WINDOW_S."""
+    return due_unix - now if due_unix - now <= MAX_WINDOW_S else 0.0
+
+
 def reached(memory: Memory, now: float, window: Window | None, rng: random.Random) -> Memory:
     """Return the memory after a call that the gateway answered, with or without a window."""
     ask = memory.ask_unix if window is None else now + window.delay_s(rng)
-    return Memory(failures=0, call_unix=0.0, ask_unix=ask, last=memory.last)
+    return msgspec.structs.replace(memory, failures=0, call_unix=0.0, ask_unix=ask)
 
 
 def failed(memory: Memory, now: float, backoff: Backoff, rng: random.Random) -> Memory:
     """Return the memory after a call that failed: calls wait, longer after every failure."""
     failures = memory.failures + 1
     wait = next_delay_s(failures, None, backoff, rng)
-    return Memory(
-        failures=failures, call_unix=now + wait, ask_unix=memory.ask_unix, last=memory.last
-    )
+    return msgspec.structs.replace(memory, failures=failures, call_unix=now + wait)
 
 
 def noted(memory: Memory, text: str) -> Memory:
     """Return the memory with what happened last."""
-    return msgspec.structs.replace(memory, last=text[:500])
+    return msgspec.structs.replace(memory, last=plain(text))
+
+
+def plain(text: str) -> str:
+    """Return a sentence that may hold a gateway's words so that it is safe on a terminal: short,
+    without control characters.
+    """
+    short = text if len(text) <= MAX_LAST else text[: MAX_LAST - 1] + "…"
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in short)
 
 
 def read_memory(home: Home) -> Memory:

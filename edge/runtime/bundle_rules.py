@@ -61,6 +61,13 @@ def require_signature(manifest: Manifest, role: Role, info: GraphInfo) -> None:
     if got != expected:
         first = sorted(got ^ expected)[0]
         raise BundleError(f"outputs: {shown(first)} is missing, or not one of a {role} graph")
+    (logits,) = (value for value in info.outputs if value.name == "logits")
+    wide = (None, len(manifest.labels))
+    if (logits.type, logits.dims) != (FLOAT, wide):
+        raise BundleError(
+            f"output logits: expected float32 {wide}, a logit for each label, got type "
+            f"{logits.type} {logits.dims}"
+        )
 
 
 def _require_task(manifest: Manifest) -> None:

@@ -136,9 +136,10 @@ def installed(task: edge_pb2.Task, home: Home) -> bool:
 
 
 def prune(home: Home, keep: Sequence[str] = ()) -> int:
-    """Remove cached files that no installed bundle has, but for `keep`; return bytes freed.
+    """Remove cached files, whole or half, that no installed bundle has, but for `keep`.
 
-    Half-downloaded files stay: the next task may go on with them.
+    For after a download: until then a half of a file is what the next task goes on with. Returns
+    the bytes freed.
     """
     used = set(keep)
     for path in home.folder.glob("bundles/*/*/" + MANIFEST):
@@ -146,7 +147,7 @@ def prune(home: Home, keep: Sequence[str] = ()) -> int:
         used.update(one.sha256 for one in _decoded(path.read_bytes()).files.values())
     freed = 0
     for path in sorted(home.cache.glob("*")) if home.cache.is_dir() else []:
-        if path.suffix != PART and path.name not in used:
+        if path.name.removesuffix(PART) not in used:
             freed += path.stat().st_size
             path.unlink()
     return freed

@@ -32,8 +32,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from anabranch.edge.runtime.agent import FILE as MEMORY
 from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
+from anabranch.edge.runtime.spool import SUFFIX
 from anabranch.edge.runtime.trust import KEY_BYTES, add_trusted
 from anabranch.protocols.errors import DeviceError
 
@@ -107,7 +109,9 @@ def enrol(
 
     Guarantees: the secret is sent only to a gateway whose certificate the invitation's authority
     signed; nothing is written unless the gateway's answer is a certificate of that authority for
-    this device's key; gateway.json is written last. Bundle keys are added to those trusted.
+    this device's key; gateway.json is written last. Bundle keys are added to those trusted. The
+    task and the deltas of another enrolment are removed: what was trained for one gateway does
+    not go to the next.
 
     Raises DeviceError: enrolled already and not `force`; another authority; the gateway refuses
     or cannot be reached; an answer that does not fit.
@@ -163,8 +167,15 @@ def _store(
     enrolled: Enrolled,
 ) -> None:
     """Write the identity; what was there stops counting first, gateway.json begins to last."""
+    from anabranch.edge.runtime import task
+
     home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     home.gateway.unlink(missing_ok=True)
+    begun = task.remembered(home)
+    if begun is not None:
+        task.forget(home, begun)
+    for path in (home.folder / MEMORY, *home.spool.glob("*" + SUFFIX)):
+        path.unlink(missing_ok=True)
     pem = serialization.Encoding.PEM
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from anabranch.edge.generated import edge_pb2
 from anabranch.edge.runtime import agent, task
 from anabranch.edge.runtime import sync as calls
-from anabranch.edge.runtime.backoff import Backoff, Window
+from anabranch.edge.runtime.backoff import MAX_WINDOW_S, Backoff, Window
 from anabranch.edge.runtime.conditions import Sensors, Unmet, unmet, without_network
 from anabranch.edge.runtime.device_file import Conditions
 from anabranch.edge.runtime.download import (
@@ -32,7 +34,7 @@ from anabranch.edge.runtime.download import (
 from anabranch.edge.runtime.engine import EngineName
 from anabranch.edge.runtime.enrol import renew
 from anabranch.edge.runtime.home import Home
-from anabranch.edge.runtime.spool import Spool
+from anabranch.edge.runtime.spool import Entry, Spool
 from anabranch.edge.runtime.steps import Interrupted
 from anabranch.edge.runtime.transport import (
     Gateway,
@@ -81,37 +83,55 @@ class Agent:
 
         Without `train` it ends where a task could be trained. `once` asks the gateway even before
         its window, and raises what went wrong: the caller wants to know. For ever, what goes wrong
-        is said, and tried again later. Training that was interrupted for lost conditions goes on
-        when they hold again, or with the next call.
+        is said, and tried again later, a full disk as well. Training that was interrupted for lost
+        conditions goes on when they hold again, or with the next call.
 
         Raises DeviceError if another process works for this folder.
         """
+        begun = False
         with only_one(self.home):
-            for name in self.spool.recover():
-                self.say(f"removed {name} from the spool: damaged")
-            if once:
-                memory = agent.read_memory(self.home)
-                self._remember(agent.Memory(failures=memory.failures, last=memory.last))
             while True:
-                action = agent.decide(self.facts())
-                if isinstance(action, agent.Train) and not train:
-                    return
-                if isinstance(action, agent.Wait):
-                    if once:
-                        self.say(f"waiting: {'; '.join(action.reasons)}")
-                        return
-                    self.sleep(action.seconds)
-                    continue
                 try:
-                    self.do(action)
-                except Interrupted:
-                    self._note("training interrupted: conditions were lost; it goes on later")
-                    if once:
+                    if not begun:
+                        self._begin(once=once)
+                        begun = True
+                    if self._step(once=once, train=train):
                         return
-                except AnabranchError as error:
-                    self._failed(error)
+                except OSError as error:  # nothing can be remembered either
+                    failure = DeviceError(f"{self.home.folder}: {error.strerror or error}")
+                    self.say(agent.plain(str(failure)))
                     if once:
-                        raise
+                        raise failure from None
+                    self.sleep(agent.POLL_S)
+
+    def _begin(self, *, once: bool) -> None:
+        for name in self.spool.recover():
+            self.say(f"removed {name} from the spool: damaged")
+        if once:
+            memory = agent.read_memory(self.home)
+            self._remember(msgspec.structs.replace(memory, call_unix=0.0, ask_unix=0.0))
+
+    def _step(self, *, once: bool, train: bool) -> bool:
+        """Decide and do; return whether to end."""
+        action = agent.decide(self.facts())
+        if isinstance(action, agent.Train) and not train:
+            return True
+        if isinstance(action, agent.Wait):
+            if once:
+                self.say(f"waiting: {'; '.join(action.reasons)}")
+                return True
+            self.sleep(action.seconds)
+            return False
+        try:
+            self.do(action)
+        except Interrupted:
+            self._note("training interrupted: conditions were lost; it goes on later")
+            return once
+        except AnabranchError as error:
+            self._failed(error)
+            if once:
+                raise
+        return False
 
     def facts(self) -> agent.Facts:
         """Return what is true now: disk, clock and sensors."""
@@ -155,16 +175,20 @@ class Agent:
 
     def _ask(self) -> None:
         if renew(self.home, self.gateway):
+            self.gateway.reconnect(self.home)
             self._note("certificate renewed")
         told = calls.capabilities(
             self.home, 0 if self.data is None else calls.count_records(self.data)
         )
         got = calls.check_in(self.gateway, told)
+        self._told(told.examples)
         if isinstance(got, Window):
             self._reached(got)
             self._note("checked in: no task now")
             return
         self._reached(None)
+        longest = int(self.now() + MAX_WINDOW_S)
+        got.deadline_unix = min(got.deadline_unix, longest)  # no gateway keeps a device for longer
         try:
             task.checked(got)
         except AnabranchError as error:
@@ -207,6 +231,7 @@ class Agent:
     def _send(self, action: agent.Send) -> None:
         entry = action.entry
         try:
+            self._tell(entry)
             verdict = calls.send(self.gateway, self.spool, entry)
         except GatewayRefused as error:
             verdict = calls.Verdict(accepted=False, reason=str(error), window=None)
@@ -215,15 +240,30 @@ class Agent:
         word = "accepted" if verdict.accepted else f"refused: {verdict.reason}"
         self._note(f"delta of task {entry.task} {word}")
 
+    def _tell(self, entry: Entry) -> None:
+        """Check in once more if there are more records than then: as many as told are counted.
+
+        A task of another round that comes back is not lost: the gateway offers it again.
+        """
+        if entry.examples > agent.read_memory(self.home).told:
+            told = calls.capabilities(self.home, entry.examples)
+            calls.check_in(self.gateway, told, resume=entry.task)
+            self._told(entry.examples)
+
+    def _told(self, examples: int) -> None:
+        memory = agent.read_memory(self.home)
+        self._remember(msgspec.structs.replace(memory, told=examples))
+
     def _watch(self, deadline_unix: float) -> Callable[[], bool]:
         """Return what training asks before every micro-batch; it looks every WATCH_S seconds."""
         looked = self.now()
 
         def should_stop() -> bool:
             nonlocal looked
-            if self.now() - looked < WATCH_S:
+            now = self.now()
+            if 0 <= now - looked < WATCH_S:  # a clock that was set back is no reason not to look
                 return False
-            looked = self.now()
+            looked = now
             return looked > deadline_unix or bool(without_network(self.unmet()))
 
         return should_stop
@@ -244,7 +284,7 @@ class Agent:
         try:
             self._reached(calls.abort(self.gateway, begun.id, type(error).__name__))
         except DeviceError as unreachable:
-            self.say(f"task {begun.id} is not given back: {unreachable}")
+            self.say(agent.plain(f"task {begun.id} is not given back: {unreachable}"))
 
     def _reached(self, window: Window | None) -> None:
         memory = agent.read_memory(self.home)
@@ -253,11 +293,11 @@ class Agent:
     def _failed(self, error: AnabranchError) -> None:
         memory = agent.failed(agent.read_memory(self.home), self.now(), self.backoff, self.rng)
         self._remember(agent.noted(memory, str(error)))
-        self.say(str(error))
+        self.say(agent.plain(str(error)))
 
     def _note(self, text: str) -> None:
         self._remember(agent.noted(agent.read_memory(self.home), text))
-        self.say(text)
+        self.say(agent.plain(text))
 
     def _remember(self, memory: agent.Memory) -> None:
         agent.write_memory(self.home, memory)
@@ -266,7 +306,7 @@ class Agent:
 @contextmanager
 def only_one(home: Home) -> Iterator[None]:
     """Keep other processes from working for the same device; the lock ends with the process."""
-    home.folder.mkdir(parents=True, exist_ok=True)
+    home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle = os.open(home.folder / ".agent.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:

@@ -10,6 +10,8 @@ IR version 10) and refuses, with the rule named:
                 not wholly inside that file; and anywhere but in an initializer
     names       initializers, inputs or results that appear twice
     nesting     deeper than allowed
+    blocks      4-bit codes of MatMulNBits that do not fit what its node says: onnxruntime 1.19
+                reads beyond them
 
 It takes time and memory in proportion to the file, whatever the file claims. onnxruntime checks
 types and shapes when it loads the graph; a graph that passes here may still be refused there.
@@ -29,6 +31,7 @@ from anabranch.edge.runtime.onnx_schema import (
     BITS,
     DIMENSION,
     ENTRY,
+    FLOAT,
     GRAPH,
     MODEL,
     NODE,
@@ -39,9 +42,10 @@ from anabranch.edge.runtime.onnx_schema import (
     TENSOR_TYPE,
     TYPE,
     TYPED_DATA,
+    UINT8,
     VALUE,
 )
-from anabranch.edge.runtime.operators import SEQUENCES, STEP, Operators
+from anabranch.edge.runtime.operators import MICROSOFT, SEQUENCES, STEP, Operators
 from anabranch.edge.runtime.protobuf import Data, Field, Message
 from anabranch.protocols.errors import BundleError
 from anabranch.protocols.spec import shown
@@ -51,6 +55,8 @@ MAX_OPSET = 21
 MAX_DIMENSIONS = 8
 MAX_SIZE = 2**31 - 1  # of one dimension
 EXTERNAL = 1  # TensorProto.DataLocation
+BLOCKS = (MICROSOFT, "MatMulNBits")
+SIZES = (16, 32, 64, 128, 256)  # of a block, that onnxruntime has
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
@@ -136,22 +142,24 @@ class _Walk:
         outputs = tuple(self._value(one, "output") for one in graph.get("output", []))
         for values, what in ((inputs, "input"), (outputs, "output")):
             _require_unique([value.name for value in values], what)
-        self._nodes(graph, {value.name for value in inputs} | tensors.keys(), depth)
+        self._nodes(graph, {value.name for value in inputs} | tensors.keys(), tensors, depth)
         return inputs, outputs, tensors
 
-    def _nodes(self, graph: Message, known: set[str], depth: int) -> None:
+    def _nodes(
+        self, graph: Message, known: set[str], tensors: Mapping[str, Tensor], depth: int
+    ) -> None:
         found = graph.get("node", [])
         self.nodes += len(found)
         if self.nodes > self.limits.nodes:
             raise BundleError(f"nodes: more than {self.limits.nodes}")
         results = set(known)
         for at in found:
-            for name in self._node(at, depth):
+            for name in self._node(at, tensors, depth):
                 if name in results:
                     raise BundleError(f"result {shown(name)} appears twice")
                 results.add(name)
 
-    def _node(self, at: Field, depth: int) -> list[str]:
+    def _node(self, at: Field, tensors: Mapping[str, Tensor], depth: int) -> list[str]:
         """Check one node; return the names of its results."""
         node = self._read(at, NODE, "node")
         which = (self._text(node, "domain"), self._text(node, "op_type"))
@@ -163,8 +171,27 @@ class _Walk:
         self.used.add(which)
         for one in node.get("attribute", []):
             self._attribute(one, depth)
+        if which == BLOCKS:
+            self._require_blocks(node, tensors)
         names = [protobuf.text(self.data, one, "result") for one in node.get("output", [])]
         return [name for name in names if name]  # "": an optional result that is not wanted
+
+    def _require_blocks(self, node: Message, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse x · codes · scales whose constants are not (N, blocks, bytes) and (N · blocks)."""
+        found = [self._read(one, ATTRIBUTE, "attribute") for one in node.get("attribute", [])]
+        about = {self._text(one, "name"): _number(one, "i") for one in found}
+        rows, columns, bits, block = (about.get(n, 0) for n in ("N", "K", "bits", "block_size"))
+        operands = [protobuf.text(self.data, one, "input") for one in node.get("input", [])]
+        if len(about) != len(found) or min(rows, columns) < 1 or bits != 4 or block not in SIZES:
+            raise BundleError(f"MatMulNBits: N, K, bits, block_size: {rows, columns, bits, block}")
+        count = -(-columns // block)
+        expected = [(UINT8, (rows, count, block // 2)), (FLOAT, (rows * count,))]
+        constants = [tensors.get(name) for name in operands[1:]]
+        if [None if c is None else (c.type, c.dims) for c in constants] != expected:
+            raise BundleError(
+                f"MatMulNBits: expected x and constants of type and shape {expected}, for N, K, "
+                f"bits, block_size = {rows, columns, bits, block}"
+            )
 
     def _attribute(self, at: Field, depth: int) -> None:
         attribute = self._read(at, ATTRIBUTE, "attribute")

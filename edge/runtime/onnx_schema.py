@@ -119,7 +119,7 @@ TENSOR_TYPE: Schema = {1: _number("elem_type"), 2: _bytes("shape")}
 SHAPE: Schema = {1: _many("dim")}
 DIMENSION: Schema = {1: _number("dim_value"), 2: _bytes("dim_param"), 3: _bytes("denotation")}
 
-FLOAT, INT64 = 1, 7
+FLOAT, UINT8, INT64 = 1, 2, 7
 SEQUENCE = 0  # in place of a type: a sequence of tensors
 # Bits of one value by TensorProto.DataType; types that are missing here are in no bundle.
 BITS = {

@@ -284,11 +284,11 @@ def _run(step: Callable[..., None], inputs: list[NDArray[Any]]) -> list[NDArray[
     outputs = OrtValueVector()
     try:
         step(inputs, outputs)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- onnxruntime's share no base; theirs quote inputs
         raise DeviceError(
             f"onnxruntime-training stopped ({type(error).__name__}); the inputs are not what the "
             "graph takes, or memory ran out"
-        ) from error
+        ) from None
     return [outputs[i].numpy() for i in range(2)]
 
 

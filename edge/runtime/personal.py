@@ -118,9 +118,11 @@ def personalise(
         )
         after = evaluate(opened, held)
     kept = after.at_least(before)
+    states.discard(
+        folder
+    )  # first: a kill between the two costs the steps, and trains nothing twice
     if kept:
         keep(home, bundle, trained.adapter)
-    states.discard(folder)
     return Personalised(kept=kept, before=before, after=after, trained=trained)
 
 

@@ -87,8 +87,8 @@ class _Reserved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def checked(task: edge_pb2.Task) -> Work:
     """Return what a task asks for; raise ProtocolError naming the first field that is wrong."""
-    if not 0 < len(task.id) <= MAX_TASK or not 0 < len(task.run) <= MAX_TASK:
-        raise ProtocolError(f"task: id and run: expected 1 to {MAX_TASK} characters each")
+    if any(not 0 < len(one) <= MAX_TASK or not one.isprintable() for one in (task.id, task.run)):
+        raise ProtocolError(f"task: id and run: expected 1 to {MAX_TASK} printable characters each")
     if not _is_name(task.bundle) or task.bundle_version < 1:
         raise ProtocolError(f"task {task.id}: {shown(task.bundle)} is no name of a bundle")
     if not 0 < task.max_upload_bytes <= MAX_FRAME or not task.deadline_unix < 2**53:

@@ -109,13 +109,10 @@ class Gateway:
         rng: random.Random | None = None,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        from anabranch.edge.generated import edge_pb2_grpc
-
         self.patience = patience or Patience()
-        self._channel = channel
-        self._stub: Any = edge_pb2_grpc.EdgeGatewayStub(channel)
         self._rng = rng or random.Random()
         self._sleep = sleep
+        self._use(channel)
 
     def enroll(self, request: edge_pb2.EnrollRequest) -> edge_pb2.EnrollReply:
         """Exchange a token, or the certificate of this channel, for a new certificate."""
@@ -166,6 +163,11 @@ class Gateway:
         """Sleep before the next attempt after so many failures in a row."""
         self._sleep(self.patience.backoff.delay_s(failures, self._rng))
 
+    def reconnect(self, home: Home) -> None:
+        """Go on with the identity that is in the device's folder now; raises as `connect`."""
+        self._channel.close()
+        self._use(_identified(home))
+
     def close(self) -> None:
         """Close the channel."""
         self._channel.close()
@@ -175,6 +177,12 @@ class Gateway:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _use(self, channel: grpc.Channel) -> None:
+        from anabranch.edge.generated import edge_pb2_grpc
+
+        self._channel = channel
+        self._stub: Any = edge_pb2_grpc.EdgeGatewayStub(channel)
 
     def _once(self, method: Callable[..., T], request: object) -> T:
         try:
@@ -230,6 +238,11 @@ def connect(home: Home, *, patience: Patience | None = None) -> Gateway:
     Raises DeviceError if the device is not enrolled, a file of its identity is missing, or its
     certificate is out of date.
     """
+    return Gateway(_identified(home), patience=patience)
+
+
+def _identified(home: Home) -> grpc.Channel:
+    """Return a channel with the device's key and certificate."""
     from anabranch.edge.runtime.enrol import read_enrolled
 
     enrolled = read_enrolled(home)
@@ -246,4 +259,4 @@ def connect(home: Home, *, patience: Patience | None = None) -> Gateway:
             f"{home.certificate}: this device's certificate ended on {expires:%Y-%m-%d}; "
             "enrol again with a new token and --force"
         )
-    return Gateway(tls_channel(enrolled.address, authority, key, certificate), patience=patience)
+    return tls_channel(enrolled.address, authority, key, certificate)

@@ -154,7 +154,10 @@ def verify_signature(manifest: bytes, signature: bytes, trusted: Sequence[bytes]
 
 
 def read_trusted(path: Path) -> tuple[bytes, ...]:
-    """Return the trusted public keys in trusted.json; none if the file is not there."""
+    """Return the trusted public keys in trusted.json; none if the file is not there.
+
+    Raises BundleError for a damaged file, and for one that others on this machine can write.
+    """
     keys = _read_keys(path).keys
     return tuple(bytes.fromhex(key) for key in keys)
 
@@ -220,7 +223,13 @@ def _decoded(signature: bytes) -> _Signature:
 def _read_keys(path: Path) -> _Trusted:
     if not path.exists():
         return _Trusted(keys={})
-    return _read(path, _Trusted)
+    found, mode = _read(path, _Trusted), path.stat().st_mode
+    if os.name == "posix" and mode & 0o022:
+        raise BundleError(
+            f"{path}: mode {mode & 0o777:04o}, but who can write it decides whose bundles are "
+            f"opened; look at its keys, then chmod 644 {path}"
+        )
+    return found
 
 
 def _read_versions(path: Path) -> _Versions:

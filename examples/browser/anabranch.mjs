@@ -95,6 +95,7 @@ function fields(bytes) {
     const next = () => {
       let value = 0;
       for (let shift = 1; ; shift *= 128) {
+        if (at >= bytes.length) throw new Error('the graph is cut off');
         const byte = bytes[at++];
         value += (byte & 127) * shift;
         if (byte < 128) return value;

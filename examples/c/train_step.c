@@ -1,10 +1,11 @@
 /* Train the adapter of a text bundle on this device: plain C11 and onnxruntime's C API.
 
-     train_step BUNDLE RECORDS STEPS LEARNING_RATE TRAINED
+     train_step BUNDLE RECORDS STEPS LEARNING_RATE TRAINED [ADAPTER]
 
    RECORDS has one record in a line: its label, then its token ids, with blanks between. All records
    are one batch. Every step prints the batch's mean loss before the step. TRAINED gets the adapter
-   after the last step, as a frame like adapter.bin.
+   after the last step, as a frame like adapter.bin; given as ADAPTER, the next run starts from it
+   and not from the bundle's.
 
    The bundle must have been verified (signature, every SHA-256), and the records must be within the
    manifest's limits: this program reads neither. */
@@ -174,15 +175,16 @@ int main(int count, char **arguments) {
   static batch records;
   adapter params;
   char path[MAX_PATH];
-  if (count != 6)
-    stop("arguments", "expected BUNDLE RECORDS STEPS LEARNING_RATE TRAINED");
+  if (count != 6 && count != 7)
+    stop("arguments", "expected BUNDLE RECORDS STEPS LEARNING_RATE TRAINED [ADAPTER]");
   const char *folder = arguments[1];
   const int steps = atoi(arguments[3]);
   const double rate = atof(arguments[4]);
   if (snprintf(path, sizeof path, "%s/adapter.bin", folder) >= (int)sizeof path)
     stop(folder, "path is too long");
-  const char *refusal = frame_read(path, &params);
-  if (refusal) stop(path, refusal);
+  const char *start = count == 7 ? arguments[6] : path;
+  const char *refusal = frame_read(start, &params);
+  if (refusal) stop(start, refusal);
   read_records(arguments[2], &records);
 
   ort = OrtGetApiBase()->GetApi(ORT_API_VERSION);

@@ -69,12 +69,12 @@ learning_rate = 0.01
 [federation]
 rounds = 2
 quorum = 2
-deadline_s = 45
+deadline_s = 30
 """
 BONE, HEART = "acute fracture of the left femur", "chronic heart failure"
-WORDS = "acute chronic left right with and type infarction".split()
+WORDS = ["acute", "chronic", "left", "right", "with", "and", "type", "infarction"]
 COUNTS = (12, 7, 5)  # records of the devices
-TOLERANCE = 1e-4  # the device's onnxruntime is another build than the one here
+TOLERANCE = 1e-4  # the device has another build of onnxruntime; measured: 1e-6
 
 
 def records(count: int, seed: int) -> list[tuple[str, str]]:
@@ -176,10 +176,8 @@ def place_of(folder: Path, run: Path, validation: Path) -> Iterator[Place]:
     cohort = ["--cohort", "3", "--min-cohort", "2"]
     host, signed = ["--name", "north", "--host", "127.0.0.1"], ["--key", f"{key}.pub"]
     gateway = folder / "gateway"
-    anabranch(
-        *("edge", "gateway", "init", gateway, *host, *ports, *cohort),
-        *("--bundle", bundle, *signed),
-    )
+    made = ["edge", "gateway", "init", str(gateway), *host, *ports, *cohort]
+    anabranch(*made, "--bundle", bundle, *signed)
     tokens = anabranch("edge", "gateway", "token", gateway, "--count", "3")["tokens"]
     phones = []
     for i, count in enumerate(COUNTS):
@@ -315,5 +313,7 @@ def test_a_site_and_a_gateway_of_three_devices_train_one_adapter(
     there, start = wire.decode_adapter(frame, here.spec), initial_adapter(config)
     for name, array in here.arrays.items():
         np.testing.assert_allclose(there.arrays[name], array, rtol=0, atol=TOLERANCE)
+    apart = max(np.abs(there.arrays[name] - here.arrays[name]).max() for name in here.arrays)
+    sys.stderr.write(f"\nlargest difference {apart:.1e}\n")
     moved = max(np.abs(there.arrays[name] - start.arrays[name]).max() for name in start.arrays)
-    assert moved > 100 * TOLERANCE
+    assert moved > 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,15 @@ def test_step_computes_what_torch_computes(
 ) -> None:
     worst = check_against_torch(steps(kind, clipped), make_classifier(kind), clipped=clipped)
     assert 0 < worst < 1e-5
+
+
+def test_batch_and_tokens_stay_apart_where_no_other_length_is_left(
+    make_config: Callable[..., Any], tiny_bert: Path
+) -> None:
+    config = make_config("text", model=Model(base=str(tiny_bert), max_tokens=13))
+    classifier = load_classifier(config)
+    step = step_graph(classifier, clipped=False)
+    assert check_against_torch(step, classifier, clipped=False) < 1e-5
 
 
 @pytest.mark.parametrize("clipped", [False, True])

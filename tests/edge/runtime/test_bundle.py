@@ -245,6 +245,15 @@ def test_the_folder_holds_just_what_was_signed(
 # --- who signed ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("labels", [("bone", "heart"), ("bone", "heart", "other", "more")])
+def test_graphs_of_another_number_of_labels_are_refused(
+    folder: Path, labels: tuple[str, ...]
+) -> None:
+    reseal(folder, lambda m: replace(m, labels=labels))
+    with pytest.raises(BundleError, match=r"output logits: expected .* a logit for each"):
+        open_bundle(folder, trusted=TRUSTED)
+
+
 def test_a_key_that_is_not_trusted_opens_nothing(folder: Path) -> None:
     other = Ed25519PrivateKey.generate()
     sign_bytes(folder, (folder / "manifest.json").read_bytes(), other)

@@ -326,10 +326,11 @@ def test_prune_keeps_what_bundles_and_tasks_use(
     (home.cache / ("a" * 64)).write_bytes(b"old")
     (home.cache / ("b" * 64)).write_bytes(b"kept")
     (home.cache / ("c" * 64 + ".part")).write_bytes(b"half")
+    (home.cache / ("d" * 64 + ".part")).write_bytes(b"half of what nobody wants now")
     before = len(list(home.cache.iterdir()))
-    freed = prune(home, keep=["b" * 64])
+    freed = prune(home, keep=["b" * 64, "c" * 64])
     after = {path.name for path in home.cache.iterdir()}
-    assert "a" * 64 not in after
+    assert not {"a" * 64, "d" * 64 + ".part"} & after
     assert {"b" * 64, "c" * 64 + ".part"} <= after
     assert {file.sha256 for file in bundles[0][1].files.values()} <= after
     assert freed >= 3

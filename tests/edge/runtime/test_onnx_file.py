@@ -261,8 +261,56 @@ def test_a_broken_rule_is_named(change: Change, message: str) -> None:
         check_graph(changed(change), FILES)
 
 
+ABOUT: dict[str, Any] = {"N": 5, "K": 20, "bits": 4, "block_size": 16}
+CODES, SCALES = np.zeros((5, 2, 8), np.uint8), np.zeros(10, np.float32)
+
+
+def blocks(
+    codes: Any = CODES, scales: Any = SCALES, more: tuple[str, ...] = (), **about: Any
+) -> Change:
+    def change(m: onnx.ModelProto) -> None:
+        found = {"codes": codes, "scales": scales}
+        for name, array in found.items():
+            if array is not None:
+                m.graph.initializer.append(numpy_helper.from_array(array, name))
+        operands = ["z", "codes", "scales", *more]
+        m.graph.node.append(
+            helper.make_node(
+                "MatMulNBits", operands, ["more"], domain="com.microsoft", **(ABOUT | about)
+            )
+        )
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        blocks(codes=CODES[:4]),
+        blocks(codes=CODES[:, :1]),
+        blocks(codes=CODES.reshape(10, 8)),
+        blocks(codes=CODES.astype(np.int8)),
+        blocks(codes=None),
+        blocks(scales=SCALES[:9]),
+        blocks(scales=SCALES.astype(np.float16)),
+        blocks(more=("", "scales")),
+        blocks(N=6),
+        blocks(K=33),
+        blocks(K=-20),
+        blocks(bits=8),
+        blocks(block_size=0),
+        blocks(block_size=8),
+        node("MatMulNBits", "com.microsoft"),
+    ],
+)
+def test_codes_that_onnxruntime_would_read_beyond_are_refused(change: Change) -> None:
+    check_graph(changed(blocks()), FILES, operators=INFER)
+    with pytest.raises(BundleError, match="MatMulNBits: "):
+        check_graph(changed(change), FILES, operators=INFER)
+
+
 def test_each_kind_of_graph_has_its_own_operators() -> None:
-    quantized = changed(node("MatMulNBits", "com.microsoft"))
+    quantized = changed(blocks())
     gradient = changed(node("LayerNormalizationGrad", "com.microsoft"))
     check_graph(quantized, FILES, operators=INFER)
     check_graph(gradient, FILES, operators=TRAINING)

@@ -95,6 +95,41 @@ def test_an_interrupted_personalisation_goes_on_with_the_same_result(
     assert (done.before, done.after) == (whole.before, whole.after)
 
 
+class Kill(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("point", ["discard", "keep"])
+def test_a_kill_after_the_last_step_ends_with_the_same_adapter(
+    make_tiny: Make,
+    make_records: Make,
+    home: Home,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+) -> None:
+    bundle = make_tiny("table")
+    records = make_records(bundle, 100)
+    whole = personalise(bundle, records, Home(tmp_path / "other"), training=GOOD, steps=30)
+    assert whole.kept
+
+    def kill(*_: Any) -> None:
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            *((states, "discard") if point == "discard" else (personalising, "keep")), kill
+        )
+        with pytest.raises(Kill):
+            personalise(bundle, records, home, training=GOOD, steps=30)
+    done = personalise(bundle, records, home, training=GOOD, steps=30)
+    assert encode(done.trained.adapter) == encode(whole.trained.adapter)
+    assert (done.before, done.after) == (whole.before, whole.after)
+    used = in_use(home, bundle)
+    assert used is not None
+    assert encode(used) == encode(whole.trained.adapter)
+
+
 def test_a_training_that_diverges_changes_nothing(
     make_tiny: Make, make_records: Make, home: Home
 ) -> None:

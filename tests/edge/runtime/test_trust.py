@@ -149,6 +149,18 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         load_private(path)
 
 
+@pytest.mark.parametrize("mode", [0o666, 0o664])
+def test_a_list_of_keys_that_others_can_write_trusts_nobody(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "trusted.json"
+    add_trusted(path, public_bytes(KEY), "me")
+    assert read_trusted(path) == (public_bytes(KEY),)
+    path.chmod(mode)
+    with pytest.raises(BundleError, match="chmod 644"):
+        read_trusted(path)
+    with pytest.raises(BundleError, match="chmod 644"):
+        add_trusted(path, public_bytes(KEY))
+
+
 def test_trusted_keys_are_added_once(tmp_path: Path) -> None:
     path = tmp_path / "trusted.json"
     assert read_trusted(path) == ()

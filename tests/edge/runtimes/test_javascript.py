@@ -56,6 +56,18 @@ def joined(tensors: Any, names: Any) -> np.ndarray:
     return np.concatenate([np.ravel(tensors[name]) for name in names])
 
 
+def test_a_graph_that_ends_within_a_number_is_refused() -> None:
+    module = (BROWSER / "anabranch.mjs").as_uri()
+    code = (
+        f"const {{withoutDefaults}} = await import('{module}');"
+        "withoutDefaults(Uint8Array.from([0x3a, 0x80]), new Set(['x']));"
+    )
+    command = ["node", "--input-type=module", "-e", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "the graph is cut off" in done.stderr
+
+
 def test_node_computes_what_python_computes(
     node_packages: Path, minilm_bundle: Signed, sentences: tuple[list[str], np.ndarray]
 ) -> None:
