@@ -34,6 +34,8 @@ from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import AnabranchError, PrivacyError, RunError
 from anabranch.protocols.randomness import Randomness
 
+AGAIN_S = 10.0  # before a round that cannot be ended is tried again
+
 log = logging.getLogger(__name__)
 
 
@@ -46,30 +48,44 @@ class Closer:
     store: Store
     spool: Spool
     turn: threading.Lock = field(default_factory=threading.Lock)
+    failed: dict[int, float] = field(default_factory=dict)  # round -> not before
 
     def recover(self) -> int:
-        """Remove what a crash left behind: uploads of ended rounds; return how many files."""
+        """Remove what a crash left behind, of rounds that have ended; return how many uploads."""
         with self.store.writing() as db:
             db.execute(
                 "DELETE FROM uploads WHERE task IN (SELECT tasks.id FROM tasks JOIN rounds "
                 "ON rounds.id = tasks.round WHERE rounds.state IN ('closed', 'refused'))"
             )
+            needed = {
+                row["adapter"]
+                for row in db.execute(
+                    "SELECT adapter FROM rounds WHERE state IN ('open', 'closing')"
+                )
+            }
+            for path in self.folder.files.glob("[0-9a-f]*"):  # hidden ones are being written
+                if path.name not in needed:
+                    path.unlink(missing_ok=True)
         return self.spool.sweep()
 
     def due(self, now: float | None = None) -> list[int]:
         """End every round whose time has come, or that a crash left half ended; return them.
 
-        A round that cannot be ended now (a full disk) is logged and tried again; the others end.
+        A round that cannot be ended now (a full disk) is logged and tried again after AGAIN_S; the
+        others end.
         """
         now = time.time() if now is None else now
         ended, query = [], "SELECT * FROM rounds WHERE state IN ('open', 'closing')"
         with self.turn:
             for row in self.store.rows(query):
+                if now < self.failed.get(row["id"], now):
+                    continue
                 if row["state"] == "closing" or now >= row["deadline"] or self._enough(row):
                     try:
                         self.close(row)
                     except (OSError, ValueError, sqlite3.Error, MemoryError):
                         log.exception("round %d cannot be ended now", row["number"])
+                        self.failed[row["id"]] = now + AGAIN_S
                         continue
                     ended.append(int(row["id"]))
         return ended

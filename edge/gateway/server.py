@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2
 
 from anabranch.edge.gateway.asking import Opener
 from anabranch.edge.gateway.authority import open_authority
-from anabranch.edge.gateway.closing import Closer
+from anabranch.edge.gateway.closing import AGAIN_S, Closer
 from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
 from anabranch.edge.gateway.limits import Quotas
 from anabranch.edge.gateway.published import Shelf
@@ -131,11 +131,14 @@ def start(path: Path) -> Gateway:
 
 
 def _end_rounds(closer: Closer, stopping: threading.Event) -> None:
-    while not stopping.wait(CLOSE_EVERY_S):
+    pause = CLOSE_EVERY_S
+    while not stopping.wait(pause):
+        pause = CLOSE_EVERY_S
         try:
             closer.due()
         except Exception:  # the boundary: the next turn tries again, devices are still served
             log.exception("ending rounds failed")
+            pause = AGAIN_S
 
 
 def _options(file: GatewayFile) -> list[tuple[str, int]]:

@@ -174,11 +174,11 @@ def noted(memory: Memory, text: str) -> Memory:
     return msgspec.structs.replace(memory, last=plain(text))
 
 
-def plain(text: str) -> str:
+def plain(text: str, most: int = MAX_LAST) -> str:
     """Return a sentence that may hold a gateway's words so that it is safe on a terminal: short,
     without control characters.
     """
-    short = text if len(text) <= MAX_LAST else text[: MAX_LAST - 1] + "…"
+    short = text if len(text) <= most else text[: most - 1] + "…"
     return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in short)
 
 

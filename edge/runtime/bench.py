@@ -58,8 +58,9 @@ def bench(
     manifest = bundle.manifest
     length = 1 if manifest.shape else tokens or manifest.limits.max_tokens
     rows = []
+    counts: dict[Role, int] = {"infer": 1, "train_step": records, "train_step_dp": records}
     for precision in PRECISIONS:
-        for role, count in (("infer", 1), ("train_step", records), ("train_step_dp", records)):
+        for role, count in counts.items():
             if manifest.graph(role, precision) is None:
                 continue
             rows.append(_row(bundle, role, precision, count, length, threads, runs, watts))

@@ -54,6 +54,8 @@ def wanted(ref: edge_pb2.FileRef, *, limit: int) -> Wanted:
     """Return what a task refers to; raise ProtocolError if it cannot be, or is above `limit`."""
     if len(ref.sha256) != hashlib.sha256().digest_size:
         raise ProtocolError(f"{ref.name[:80]!r}: expected a SHA-256, got {len(ref.sha256)} bytes")
+    if not ref.name.isprintable():
+        raise ProtocolError(f"{ref.name[:80]!r}: no name of a file")
     if ref.size > limit:
         raise ProtocolError(f"{ref.name[:80]!r}: {ref.size} bytes, at most {limit} are taken")
     return Wanted(name=ref.name[:80], sha256=ref.sha256.hex(), size=ref.size)

@@ -46,6 +46,7 @@ PRIVATE = 0o600
 HANDSHAKE_S = 20.0
 RENEW_SHARE = 1 / 3  # of a certificate's time: below it the device asks for a new one
 MAX_CHAIN = 8  # certificates of a handshake that are looked at
+MAX_NAME = 256  # characters of the name that a gateway gives a device
 _INVITATION = re.compile(
     r"(?P<address>(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})"
     r"/(?P<authority>[0-9a-f]{64})/(?P<secret>[A-Za-z0-9_-]{16,256})"
@@ -132,6 +133,8 @@ def enrol(
         )
     if any(len(public) != KEY_BYTES for public in reply.bundle_keys):
         raise DeviceError(f"the gateway's bundle keys: expected {KEY_BYTES} bytes each")
+    if not 0 < len(reply.device) <= MAX_NAME or not reply.device.isprintable():
+        raise DeviceError(f"the device's name: expected 1 to {MAX_NAME} printable characters")
     enrolled = Enrolled(device=reply.device, address=_address(reply.gateway, invitation.address))
     _store(home, key, certificate, root, list(reply.bundle_keys), enrolled)
     return enrolled

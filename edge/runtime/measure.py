@@ -99,6 +99,7 @@ def memory_model(points: Sequence[Point]) -> Memory:
         if len(columns) > len(points):
             continue
         found = np.linalg.lstsq(rows[:, columns], peaks, rcond=None)[0]
+        found[(found < 0) & (found > -0.5)] = 0  # bytes: rounding of a term that is not there
         if (found < 0).any():
             continue
         terms = np.zeros(4)

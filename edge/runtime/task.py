@@ -230,7 +230,7 @@ def _trained(
     with run_privately(
         ledger,
         plan,
-        run=work.run,
+        run=bundle.manifest.config,  # signed: what a gateway calls a run decides no budget
         steps=steps,
         num_examples=len(records),
         budget=budget,

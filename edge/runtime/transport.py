@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 from cryptography import x509
 
+from anabranch.edge.runtime.agent import plain
 from anabranch.edge.runtime.backoff import Backoff
 from anabranch.protocols.errors import DeviceError
 
@@ -204,7 +205,7 @@ class Gateway:
 
 def as_device_error(error: grpc.RpcError) -> DeviceError:
     """Return what a failed call means for the device, and what to do (table above)."""
-    code, details = error.code(), (error.details() or "")[:_SHOWN]
+    code, details = error.code(), plain(error.details() or "", _SHOWN)
     if _other_authority(error):
         return NotAdmitted(
             "gateway: its certificate is not one of the certificate authority that this device is "

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import read_adapter
-from anabranch.edge.export.bundle import Inputs, Request, make_bundle
+from anabranch.edge.export.accuracy import Inputs
+from anabranch.edge.export.bundle import Request, make_bundle
 from anabranch.edge.runtime.bundle import Bundle, open_bundle
 from anabranch.edge.runtime.bundle_manifest import Manifest
 from anabranch.edge.runtime.trust import public_bytes
@@ -71,11 +72,11 @@ def said_by(classifier: Classifier, inputs: Any) -> NDArray[np.float32]:
     return torch.cat(rows).numpy()
 
 
-def labels_of(classifier: Classifier, inputs: Any, noise: float = NOISE) -> NDArray[np.int64]:
+def labels_of(classifier: Classifier, inputs: Any) -> NDArray[np.int64]:
     """Return what the classifier says, but for a share of records."""
     rng = np.random.default_rng(1)
-    labels = said_by(classifier, inputs).argmax(1).astype(np.int64)
-    drawn = rng.random(len(labels)) < noise
+    labels: NDArray[np.int64] = said_by(classifier, inputs).argmax(1).astype(np.int64)
+    drawn = rng.random(len(labels)) < NOISE
     labels[drawn] = rng.integers(0, classifier.num_labels, int(drawn.sum()))
     return labels
 
@@ -88,12 +89,12 @@ def make(
     *,
     what: Request | None = None,
     adapter: Adapter | None = None,
-    noise: float = NOISE,
 ) -> Made:
     """Make a bundle of a tiny classifier; `adapter` None is its own."""
     classifier, config = make_classifier(kind), make_config(kind, training=TRAINING)
     own, inputs = read_adapter(classifier), inputs_of(kind)
-    labels, stages = labels_of(classifier, inputs, noise), []
+    labels = labels_of(classifier, inputs)
+    stages: list[str] = []
     manifest = make_bundle(
         classifier,
         adapter or own,

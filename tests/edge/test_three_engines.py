@@ -32,6 +32,7 @@ from tests.edge.made import KEY, TRUSTED, Made
 
 STEPS = 20
 TOLERANCE = 1e-5  # ‖difference‖ / ‖torch's‖, over the whole adapter
+LOOSE = 5e-5  # torch's own float32 is 0.9e-5 from its float64 on MiniLM, by a few such entries
 TRAINING = Training(learning_rate=1e-3, weight_decay=0.1, head_learning_rate=1e-3)
 Step = tuple[float, NDArray[np.float64], NDArray[np.float64]]  # loss, gradient, adapter after it
 
@@ -93,23 +94,32 @@ def by_engine(engine: Engine, batches: list[Batch]) -> list[Step]:
     return steps
 
 
-def require_same(got: list[Step], expected: list[Step]) -> None:
+def require_same(got: list[Step], expected: list[Step], tiny: float = 0.0) -> None:
+    """Compare every step; entries whose first gradient is below `tiny` get LOOSE.
+
+    AdamW's first step is η g / (|g| + 1e-8): where |g| is about 1e-8, a last bit of g shows.
+    """
     assert len(got) == len(expected)
+    settled = np.abs(expected[0][1]) >= tiny
+    assert settled.mean() > 0.999
     for at, (one, other) in enumerate(zip(got, expected, strict=True)):
         assert one[0] == pytest.approx(other[0], rel=TOLERANCE), f"loss of step {at}"
         assert apart(one[1], other[1]) < TOLERANCE, f"gradient of step {at}"
-        assert apart(one[2], other[2]) < TOLERANCE, f"adapter after step {at}"
+        assert apart(one[2] * settled, other[2] * settled) < TOLERANCE, f"adapter after step {at}"
+        assert apart(one[2], other[2]) < (LOOSE if tiny else TOLERANCE), f"adapter, step {at}"
 
 
-def require_three(classifier: Classifier, bundle: Bundle, batches: list[Batch]) -> None:
+def require_three(
+    classifier: Classifier, bundle: Bundle, batches: list[Batch], tiny: float = 0.0
+) -> None:
     expected = by_torch(classifier, batches)
     start = vector(bundle.adapter.arrays)
     assert apart(expected[-1][2], start) > 1e-2  # it went somewhere
     joint = by_engine(open_engine(bundle, engine="joint"), batches)
     training = by_engine(open_engine(bundle, engine="ort-training"), batches)
-    require_same(joint, expected)
-    require_same(training, expected)
-    require_same(joint, training)
+    require_same(joint, expected, tiny)
+    require_same(training, expected, tiny)
+    require_same(joint, training, tiny)
 
 
 @pytest.mark.parametrize("max_records", [None, 3])
@@ -194,4 +204,4 @@ def test_three_engines_end_in_the_same_adapter_on_minilm_and_real_sentences(
         feeds = dict(zip(bundle.manifest.inputs, (ids.numpy(), mask.long().numpy()), strict=True))
         batches.append(Batch(feeds, labels[rows], np.full(count, 1 / count, np.float32)))
     assert len({array.shape for b in batches for array in b.feeds.values()}) > 10
-    require_three(classifier, bundle, batches)
+    require_three(classifier, bundle, batches, tiny=1e-7)

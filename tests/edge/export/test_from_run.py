@@ -96,11 +96,6 @@ def test_the_bundle_is_the_release_measured_on_the_records(copy: Path) -> None:
     assert stages == ["exporting", "measuring memory", "measuring accuracy"]
 
 
-def test_a_name_that_is_given_is_taken(copy: Path) -> None:
-    what = Request(name="heart", version=1, precisions=("fp32",), artifacts=False)
-    assert export(copy, request=what).name == "heart"
-
-
 @pytest.mark.parametrize("name", ["onnx/model.onnx", "adapter/adapter_model.safetensors"])
 def test_a_changed_release_is_refused(copy: Path, name: str) -> None:
     path = copy / "run" / "release" / name

@@ -14,7 +14,7 @@ import grpc
 import msgspec
 import pytest
 
-from anabranch.edge.gateway.closing import Closer
+from anabranch.edge.gateway.closing import AGAIN_S, Closer
 from anabranch.edge.gateway.config import ClientPrivacy, Limits
 from anabranch.edge.gateway.limits import today
 from anabranch.edge.gateway.operator import gateway_file, invite, revoke
@@ -93,7 +93,7 @@ def silent(channel: grpc.Channel, method: str, timeout: float | None, ends: thre
         ends.wait(30)
         yield from ()
 
-    return channel.stream_unary(f"{SERVICE}/{method}").future(nothing(), timeout=timeout)
+    return channel.stream_unary(method).future(nothing(), timeout=timeout)
 
 
 def test_silent_calls_do_not_keep_others_from_enrolling(serving: Any) -> None:
@@ -101,10 +101,8 @@ def test_silent_calls_do_not_keep_others_from_enrolling(serving: Any) -> None:
     authority = gateway.parts.authority.pem
     credentials, ends = grpc.ssl_channel_credentials(authority), threading.Event()
     with grpc.secure_channel(f"{HOST}:{gateway.enroll_port}", credentials) as channel:
-        calls = [silent(channel, "Enroll", None, ends) for _ in range(12)]
-        calls += [
-            channel.stream_unary("/grpc.health.v1.Health/Check").future(iter(()), timeout=None)
-        ]
+        methods = [f"{SERVICE}/Enroll"] * 7 + ["/grpc.health.v1.Health/Check"]
+        calls = [silent(channel, method, None, ends) for method in methods]
         time.sleep(0.3)
         (text,) = invite(gateway.folder.folder)
         device = Device.enrol(text, gateway.enroll_port, gateway.port, authority=authority)
@@ -119,7 +117,7 @@ def test_a_devices_silent_calls_count_before_they_say_anything(fleet: Fleet) -> 
     ends = threading.Event()
     bad.stub  # noqa: B018  # connects
     methods = ["CheckIn", "Commit", "BeginUpload", "Fetch", "Enroll"]
-    calls = [silent(bad.channels[0], method, 20.0, ends) for method in methods]
+    calls = [silent(bad.channels[0], f"{SERVICE}/{method}", 20.0, ends) for method in methods]
     time.sleep(0.3)
     good.check_in()
     with pytest.raises(grpc.RpcError) as error:
@@ -262,6 +260,39 @@ def test_a_round_that_cannot_be_ended_does_not_hold_up_the_others(
     gateway.closer.due(now=second["deadline"] + 1)
     assert row_of(gateway.parts.store, first)["state"] == "open"
     assert row_of(gateway.parts.store, second)["state"] == "refused"  # nobody came
+
+
+def test_a_round_that_cannot_be_ended_is_not_tried_again_at_once(
+    fleet: Fleet, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is not filled with tracebacks."""
+    gateway, _ = fleet(2)
+    gateway.stopping.set()
+    gateway.ending.join()
+    row = open_round(gateway.opener, adapter)
+    tried: list[int] = []
+
+    def failing(self: Closer, row: Any) -> None:
+        tried.append(row["id"])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Closer, "close", failing)
+    for _ in range(5):
+        gateway.closer.due(now=row["deadline"] + 1)
+    assert len(tried) == 1
+    gateway.closer.due(now=row["deadline"] + 1 + AGAIN_S)
+    assert len(tried) == 2
+
+
+def test_frames_that_a_crash_left_are_removed_at_the_next_start(
+    fleet: Fleet, adapter: Adapter
+) -> None:
+    gateway, _ = fleet(2)
+    row = open_round(gateway.opener, adapter)
+    files = gateway.folder.files
+    (files / ("f" * 64)).write_bytes(b"of a round that has ended")
+    gateway.closer.recover()
+    assert [path.name for path in files.iterdir()] == [row["adapter"]]
 
 
 # Client-level privacy: what was accounted for is what is done.

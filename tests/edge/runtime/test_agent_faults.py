@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import msgspec
 import pytest
 
@@ -20,10 +21,11 @@ from anabranch.edge.runtime.agent import Ask, Facts, Memory, Send, decide, read_
 from anabranch.edge.runtime.backoff import MAX_WINDOW_S, Backoff, Window
 from anabranch.edge.runtime.conditions import Network, Readings
 from anabranch.edge.runtime.device_file import Conditions
-from anabranch.edge.runtime.download import PART, prune
+from anabranch.edge.runtime.download import PART, prune, wanted
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.loop import Agent, only_one
 from anabranch.edge.runtime.spool import Spool
+from anabranch.edge.runtime.transport import as_device_error
 from anabranch.protocols.errors import DeviceError, ProtocolError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Training, Uplink
@@ -249,6 +251,32 @@ def test_what_a_gateway_says_does_not_reach_the_terminal_as_it_is(
     for text in [*said, read_memory(home).last]:
         assert text.isprintable()
         assert len(text) < 1000
+
+
+def test_an_error_of_a_gateway_does_not_reach_the_terminal_as_it_is() -> None:
+    class Broken(grpc.RpcError):  # type: ignore[misc]
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.NOT_FOUND
+
+        def details(self) -> str:
+            return "no\x1b[2J\nINFO all is well"
+
+    assert str(as_device_error(Broken())).isprintable()
+
+
+def test_names_for_the_terminal_are_refused(fake: Watching, home: Home) -> None:
+    with pytest.raises(ProtocolError, match="name") as error:
+        wanted(edge_pb2.FileRef(name="a\x1b[2J", sha256=bytes(32), size=1), limit=10)
+    assert str(error.value).isprintable()
+
+    def named(reply: edge_pb2.EnrollReply) -> edge_pb2.EnrollReply:
+        reply.device = "d\x1b[2J"
+        return reply
+
+    fake.reply = named
+    with served(fake, mutual=False), pytest.raises(DeviceError, match="name"):
+        enrol.enrol(home, invitation_of(fake))
+    assert not home.gateway.exists()
 
 
 def test_a_task_with_a_name_for_the_terminal_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def test_joules_are_the_packages_power_times_the_time_of_a_call(
 ) -> None:
     now: Iterator[float] = iter(range(0, 1000, 2))  # seconds
     count: Iterator[float] = iter(range(0, 10_000, 20))  # joules: 10 W
-    monkeypatch.setattr(benching.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(benching, "energy_counter", lambda: next(count))
     report = bench(made("image").open(), runs=2)
     assert report["energy"] == "measured (package)"

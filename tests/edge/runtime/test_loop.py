@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,9 +33,11 @@ from anabranch.edge.runtime.trust import add_trusted
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import BundleError, DeviceError, PrivacyError, ProtocolError
 from anabranch.protocols.part import Part
-from anabranch.protocols.tables import Training, Uplink
+from anabranch.protocols.rdp import epsilon_of
+from anabranch.protocols.spend import Spend
+from anabranch.protocols.tables import Privacy, Training, Uplink
 from anabranch.protocols.wire import decode_delta, encode
-from tests.edge.bundles import TRUSTED, write_bundle
+from tests.edge.bundles import TRUSTED, reseal, write_bundle
 from tests.edge.gateways import FakeGateway, enrolled_at, new_authority
 
 TRAINING = Training(batch_size=4, local_steps=6)
@@ -411,6 +414,32 @@ def test_a_killed_private_task_sends_one_delta_of_one_settled_training(
     assert len(state.settled) == 1
     lost = where == "_reserve" and not after  # a reservation that nobody knows: it counts
     assert len(state.open) == int(lost)
+    assert len(fake.committed) == 1
+
+
+def test_a_gateway_cannot_renew_a_run_s_budget_by_another_name(
+    fake: FakeGateway,
+    bundle: tuple[Path, Any],
+    home: Home,
+    data: Path,
+    state_home: Path,
+    tmp_path: Path,
+) -> None:
+    one = Spend(noise_multiplier=1.5, sample_rate=0.25, steps=6)
+    once, twice = epsilon_of([one], 1e-3), epsilon_of([one, one], 1e-3)
+    folder = tmp_path / "private"
+    shutil.copytree(bundle[0], folder)
+    privacy = Privacy(epsilon=(once + twice) / 2, delta=1e-3)
+    reseal(folder, lambda m: msgspec.structs.replace(m, privacy=privacy, privacy_steps=12))
+    for path in folder.iterdir():
+        fake.put(path.read_bytes())
+    private = (folder, bundle[1])
+    with enrolled_at(fake, home) as gateway:
+        offer(fake, private, privacy=ASKED)
+        agent_of(gateway, home, data).run(once=True)
+        offer(fake, private, id="t-2", run="another", privacy=ASKED)
+        with pytest.raises(PrivacyError, match="the budget of run"):
+            agent_of(gateway, home, data).run(once=True)
     assert len(fake.committed) == 1
 
 

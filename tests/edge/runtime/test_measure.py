@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.edge.runtime import measure as measuring
 from anabranch.edge.runtime.bundle_manifest import MANIFEST, Memory
 from anabranch.edge.runtime.measure import (
     Job,
@@ -33,7 +33,9 @@ Bundles = Callable[[str], Made]
 SHAPES = st.tuples(st.integers(1, 64), st.integers(1, 512))
 PEAKS = st.integers(0, 1 << 36)
 POINTS = st.lists(
-    st.builds(lambda shape, peak: point(*shape, peak), SHAPES, PEAKS), min_size=1, max_size=9
+    st.builds(lambda shape, peak: point(shape[0], shape[1], peak), SHAPES, PEAKS),
+    min_size=1,
+    max_size=9,
 )
 
 
@@ -70,6 +72,7 @@ def test_more_records_and_longer_ones_never_need_less(
     assert memory.needed(*shape) <= memory.needed(shape[0] + records, shape[1] + tokens)
 
 
+@settings(max_examples=40)
 @given(
     st.tuples(*[st.integers(0, 1 << top) for top in (30, 22, 16, 10)]),
     st.permutations(list(itertools.product((1, 3, 8), (5, 17, 64)))),
@@ -149,7 +152,7 @@ def test_a_folder_without_a_bundle_is_named(tmp_path: Path) -> None:
 def test_a_process_that_dies_without_a_word_is_told(
     made: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(BundleError, match="measuring failed: no output"):
         measure(job(made("text")))
 
