@@ -78,7 +78,7 @@ class Closer:
         ended, query = [], "SELECT * FROM rounds WHERE state IN ('open', 'closing')"
         with self.turn:
             for row in self.store.rows(query):
-                if now < self.failed.get(row["id"], now):
+                if 0 < self.failed.get(row["id"], now) - now <= AGAIN_S:
                     continue
                 if row["state"] == "closing" or now >= row["deadline"] or self._enough(row):
                     try:

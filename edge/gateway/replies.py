@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from anabranch.edge.gateway.published import Served
 from anabranch.edge.gateway.refusals import Malformed, Superseded
@@ -22,6 +23,7 @@ from anabranch.protocols.errors import AnabranchError
 
 MAX_TEXT = 256  # characters of a string that a device sends
 MAX_LIST = 64
+GARBLED: Any = object()
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,15 +70,37 @@ def end(context: Any, error: Exception) -> None:
 def until_broken(chunks: Iterator[edge_pb2.UploadChunk]) -> Iterator[edge_pb2.UploadChunk]:
     """Yield what arrives; a stream that breaks simply ends: nobody hears the answer."""
     try:
-        yield from chunks
+        for chunk in chunks:
+            yield _read(chunk)
     except grpc.RpcError:
         log.info("Upload broke off")
+
+
+def reading(kind: Any) -> Callable[[bytes], Any]:
+    """Return what reads messages of a kind. Bytes that are none become GARBLED.
+
+    gRPC would write a traceback for each of them into the log, and answer INTERNAL.
+    """
+
+    def read(data: bytes) -> Any:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return GARBLED
+
+    return read
+
+
+def _read(message: T) -> T:
+    if message is GARBLED:
+        raise Malformed("request: no message of the protocol")
+    return message
 
 
 def only(requests: Iterator[T]) -> T:
     """Return the one message of a call, as soon as it is there; Malformed if it ends without."""
     for request in requests:
-        return request
+        return _read(request)
     raise Malformed("request: the call ended without a message")
 
 

@@ -29,7 +29,7 @@ from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
 from anabranch.edge.gateway.limits import Quotas
 from anabranch.edge.gateway.published import Shelf
 from anabranch.edge.gateway.refusals import Malformed
-from anabranch.edge.gateway.replies import at, end, only, require_deadline
+from anabranch.edge.gateway.replies import at, end, only, reading, require_deadline
 from anabranch.edge.gateway.rounds import Rounds
 from anabranch.edge.gateway.service import DOOR_S, Door, Parts, Service
 from anabranch.edge.gateway.spool import Spool
@@ -180,7 +180,7 @@ def _calls(service: Service) -> Any:
             kind = grpc.stream_stream_rpc_method_handler
         handlers[method.name] = kind(
             getattr(service, method.name),
-            request_deserializer=getattr(edge_pb2, method.input_type.name).FromString,
+            request_deserializer=reading(getattr(edge_pb2, method.input_type.name)),
             response_serializer=getattr(edge_pb2, method.output_type.name).SerializeToString,
         )
     return grpc.method_handlers_generic_handler(NAME, handlers)
@@ -189,7 +189,7 @@ def _calls(service: Service) -> Any:
 def _door(door: Door) -> Any:
     enroll = grpc.stream_unary_rpc_method_handler(
         door.enroll,
-        request_deserializer=edge_pb2.EnrollRequest.FromString,
+        request_deserializer=reading(edge_pb2.EnrollRequest),
         response_serializer=edge_pb2.EnrollReply.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(NAME, {"Enroll": enroll})
@@ -210,7 +210,7 @@ def _health() -> Any:
 
     handler = grpc.stream_unary_rpc_method_handler(
         check,
-        request_deserializer=health_pb2.HealthCheckRequest.FromString,
+        request_deserializer=reading(health_pb2.HealthCheckRequest),
         response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})

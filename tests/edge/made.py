@@ -108,3 +108,31 @@ def make(
     )
     chosen = adapter or own
     return Made(folder, manifest, tuple(stages), classifier, chosen, config, inputs, labels)
+
+
+def small(
+    make_classifier: Callable[..., Classifier],
+    make_config: Callable[..., RunConfig],
+    folder: Path,
+    **changes: Any,
+) -> Manifest:
+    """A logistic bundle of fp32 alone."""
+    classifier = make_classifier("logistic")
+    inputs = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
+    labels = said_by(classifier, inputs).argmax(1)
+    arguments: dict[str, Any] = {
+        "request": Request(name="small", version=1, precisions=("fp32",), artifacts=False),
+        "inputs": inputs,
+        "labels": labels,
+        "signing_key": KEY,
+        "adapter": read_adapter(classifier),
+        "config": make_config("logistic"),
+        "classifier": classifier,
+    } | changes
+    return make_bundle(
+        arguments.pop("classifier"),
+        arguments.pop("adapter"),
+        arguments.pop("config"),
+        folder,
+        **arguments,
+    )

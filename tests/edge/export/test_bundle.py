@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.tuning.lora import read_adapter
 from anabranch.edge.export import bundle as exporting
-from anabranch.edge.export.accuracy import measured_on, torch_accuracy
-from anabranch.edge.export.bundle import PRECISIONS, ROLES, Request, make_bundle
-from anabranch.edge.export.joint import step_graph
+from anabranch.edge.export.bundle import PRECISIONS, ROLES, Request
 from anabranch.edge.runtime import bundle_manifest as names
 from anabranch.edge.runtime.bundle import open_bundle
 from anabranch.edge.runtime.bundle_manifest import key
@@ -33,12 +30,8 @@ from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import (
     BundleError,
-    ConfigError,
-    DeviceError,
-    IncompatibleAdapter,
-    ReleaseError,
 )
-from tests.edge.made import KEY, RECORDS, Made, make, request, said_by
+from tests.edge.made import KEY, RECORDS, Made, make, request, said_by, small
 
 KINDS = ("text", "image", "tabular")
 Bundles = Callable[[str], Made]
@@ -282,29 +275,6 @@ def test_the_other_adapter_is_what_the_update_answers_with(update: Made, made: B
 # -- chosen parts, privacy ----------------------------------------------------------------------
 
 
-def small(make_classifier: Make, make_config: Make, folder: Path, **changes: Any) -> names.Manifest:
-    """A logistic bundle of fp32 alone."""
-    classifier = make_classifier("logistic")
-    inputs = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
-    labels = said_by(classifier, inputs).argmax(1)
-    arguments: dict[str, Any] = {
-        "request": Request(name="small", version=1, precisions=("fp32",), artifacts=False),
-        "inputs": inputs,
-        "labels": labels,
-        "signing_key": KEY,
-        "adapter": read_adapter(classifier),
-        "config": make_config("logistic"),
-        "classifier": classifier,
-    } | changes
-    return make_bundle(
-        arguments.pop("classifier"),
-        arguments.pop("adapter"),
-        arguments.pop("config"),
-        folder,
-        **arguments,
-    )
-
-
 def test_only_what_was_asked_for_is_in_it_and_the_order_does_not_matter(
     make_classifier: Make, make_config: Make, tmp_path: Path
 ) -> None:
@@ -338,141 +308,6 @@ def test_a_private_runs_promise_goes_with_the_bundle(
     manifest = small(make_classifier, make_config, tmp_path / "private", config=config)
     assert manifest.privacy == config.privacy
     assert manifest.privacy_steps == 35
-
-
-# -- refusals -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(make_classifier: Make, make_config: Make, tmp_path: Path) -> Make:
-    """Return a function that makes a bundle that is refused, and sees that nothing is left."""
-
-    def check(error: type[Exception], match: str, **changes: Any) -> None:
-        with pytest.raises(error, match=match):
-            small(make_classifier, make_config, tmp_path / "bundle", **changes)
-        assert list(tmp_path.iterdir()) == []
-
-    return check
-
-
-def test_an_existing_folder_is_refused_and_stays_as_it_is(
-    make_classifier: Make, make_config: Make, tmp_path: Path
-) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "file").write_text("mine")
-    with pytest.raises(ReleaseError, match="there exists already: move it away"):
-        small(make_classifier, make_config, tmp_path / "there")
-    assert [p.name for p in tmp_path.rglob("*")] == ["there", "file"]
-
-
-@pytest.mark.parametrize(("inputs", "labels"), [(0, 0), (3, 2), (0, 3)])
-def test_records_are_needed(refused: Make, inputs: int, labels: int) -> None:
-    refused(
-        ReleaseError,
-        f"held-out records: got {inputs} inputs and {labels} labels",
-        inputs=np.zeros((inputs, 5), np.float32),
-        labels=np.zeros(labels, np.int64),
-    )
-
-
-def test_a_request_without_fp32_is_refused() -> None:
-    with pytest.raises(ConfigError, match="fp32 is the measure of the others"):
-        Request(name="tiny", version=1, precisions=("int8",))
-
-
-@pytest.mark.parametrize("what", ["base", "shape"])
-def test_an_adapter_of_another_base_is_refused(
-    refused: Make, make_classifier: Make, what: str
-) -> None:
-    adapter = read_adapter(make_classifier("logistic"))
-    if what == "base":
-        adapter = Adapter(msgspec.structs.replace(adapter.spec, base="0" * 64), adapter.arrays)
-    else:
-        adapter = read_adapter(make_classifier("tabular"))
-    refused(IncompatibleAdapter, "base|tensor|target|rank", adapter=adapter)
-
-
-def judge(one: Made, truth: float, int4: float = 1.0) -> Any:
-    """Measure a bundle again, on records for which torch is always right."""
-    labels = said_by(one.classifier, one.inputs).argmax(1)
-    allowed: Any = {"int8": 1.0, "int4": int4}
-    return measured_on(one.folder, PRECISIONS, one.inputs, labels, truth=truth, allowed=allowed)
-
-
-def test_a_precision_that_loses_more_than_allowed_is_refused(made: Bundles) -> None:
-    measured = judge(made("image"), 1.0)
-    loss = measured["fp32"].accuracy - measured["int4"].accuracy
-    assert loss > 0
-    assert judge(made("image"), 1.0, int4=loss)["int4"].accuracy == measured["int4"].accuracy
-    with pytest.raises(
-        ReleaseError, match=rf"int4 loses {loss:.4f} of accuracy on {RECORDS} held-out records, 0"
-    ):
-        judge(made("image"), 1.0, int4=0.0)
-
-
-def test_the_requests_tolerance_is_what_is_allowed(refused: Make) -> None:
-    what = Request(
-        name="tiny", version=1, precisions=("fp32", "int4"), artifacts=False,
-        tolerance={"int4": -0.5},
-    )  # fmt: skip
-    refused(ReleaseError, r"int4 loses 0\.0000 .*, -0\.5 is allowed", request=what)
-
-
-@pytest.mark.parametrize("records", [1.4, -1.4])
-def test_one_record_that_ties_break_differently_on_is_no_reason(
-    made: Bundles, records: float
-) -> None:
-    assert judge(made("tabular"), 1 + records / RECORDS)["fp32"].accuracy == 1
-
-
-@pytest.mark.parametrize("records", [1.6, -1.6])
-def test_fp32_that_is_not_as_accurate_as_torch_is_refused(made: Bundles, records: float) -> None:
-    truth = 1 + records / RECORDS
-    with pytest.raises(
-        ReleaseError,
-        match=rf"accuracy 1\.0000 on {RECORDS} held-out records, torch {truth:.4f}: the export is",
-    ):
-        judge(made("tabular"), truth)
-
-
-def test_no_bundle_is_made_of_an_export_that_is_not_as_accurate_as_torch(
-    refused: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exporting, "torch_accuracy", lambda *_: 0.9)
-    refused(ReleaseError, r"accuracy 1\.0000 on 40 held-out records, torch 0\.9000")
-
-
-def test_torch_accuracy_is_the_share_that_torch_gets_right(made: Bundles) -> None:
-    for kind in KINDS:
-        one = made(kind)
-        predicted = said_by(one.classifier, one.inputs).argmax(1)
-        share = torch_accuracy(one.classifier, one.inputs, one.labels)
-        assert math.isclose(share, (predicted == one.labels).mean(), abs_tol=1.01 / RECORDS)
-        assert torch_accuracy(one.classifier, one.inputs, (predicted + 1) % 3) == 0
-
-
-def test_a_graph_that_is_not_torchs_is_refused(
-    refused: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrong(classifier: Any, *, clipped: bool) -> onnx.ModelProto:
-        model = step_graph(classifier, clipped=clipped)
-        next(node for node in model.graph.node if node.op_type == "Mul").op_type = "Add"
-        return model
-
-    monkeypatch.setattr(exporting, "step_graph", wrong)
-    refused(ReleaseError, "the training step in onnxruntime .* and torch differ by")
-
-
-def test_a_limit_without_room_for_a_record_is_refused(refused: Make) -> None:
-    what = Request(
-        name="tiny", version=1, precisions=("fp32",), artifacts=False, memory_bytes=1 << 20
-    )
-    refused(DeviceError, "one record of 1 tokens needs .* the limit is 1 MB", request=what)
-
-
-def test_a_name_that_no_device_would_take_is_refused(refused: Make) -> None:
-    what = Request(name="../up", version=1, precisions=("fp32",), artifacts=False)
-    refused(ConfigError, r"name '\.\./up': expected 1 to 64 of a-z", request=what)
 
 
 def test_a_manifest_that_was_changed_after_signing_does_not_open(

@@ -130,6 +130,20 @@ def test_a_devices_silent_calls_count_before_they_say_anything(fleet: Fleet) -> 
     assert gateway.parts.quotas._now == {}
 
 
+@pytest.mark.parametrize("method", ["CheckIn", "Fetch", "Upload"])
+def test_what_is_no_message_is_refused_in_one_line_of_the_log(
+    fleet: Fleet, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, (device,) = fleet(1)
+    caplog.set_level("INFO")
+    call = device.channels[0].unary_unary(f"{SERVICE}/{method}")
+    with pytest.raises(grpc.RpcError) as error:
+        call(b"\xff\xff\xff", timeout=10)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "no message of the protocol" in error.value.details()
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
 # Quotas
 
 
