@@ -61,6 +61,10 @@ def export(
     artifacts: Annotated[
         bool, typer.Option(help="Also the files that onnxruntime-training reads.")
     ] = True,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Accuracy int8 and int4 may lose; default 0.01, 0.015."),
+    ] = None,
     memory_mb: Annotated[
         int | None, typer.Option(min=1, help="Limit on a device; default: 4 long records.")
     ] = None,
@@ -81,6 +85,7 @@ def export(
         precisions=tuple(p for p in PRECISIONS if p in {c.value for c in chosen}),
         artifacts=artifacts,
         memory_bytes=None if memory_mb is None else memory_mb << 20,
+        tolerance={} if tolerance is None else {"int8": tolerance, "int4": tolerance},
     )
     with _writing(bundle), Progress() as progress:
         manifest = export_run(

@@ -78,7 +78,7 @@ def measured_on(
             raise ReleaseError(
                 f"{precision} loses {loss:.4f} of accuracy on {len(labels)} held-out records, "
                 f"{allowed[precision]:g} is allowed: choose others with --precision, or "
-                "allow more"
+                "allow more with --tolerance"
             )
     return measured
 

@@ -31,6 +31,7 @@ from anabranch.client.tuning.tables import TableClassifier
 from anabranch.client.tuning.text import TextClassifier
 from anabranch.client.tuning.vision import ImageClassifier
 from anabranch.edge.export.accuracy import Inputs, measured_on, torch_accuracy
+from anabranch.edge.export.agreement import require_agreement
 from anabranch.edge.export.artifacts import artifacts
 from anabranch.edge.export.joint import infer_graph, step_graph
 from anabranch.edge.export.joint_check import check_against_torch
@@ -131,9 +132,8 @@ def make_bundle(
         _write_rest(stage, classifier, adapter, config)
         manifest = _draft(classifier, adapter, config, request, graphs)
         _list(stage, manifest)
-        on_stage("measuring memory")
-        manifest = _with_memory(stage, manifest, request)
-        _list(stage, manifest)
+        on_stage("comparing engines")
+        require_agreement(stage, request.precisions, artifacts=request.artifacts)
         on_stage("measuring accuracy")
         allowed: dict[Precision, float] = {
             "int8": config.release.int8_tolerance,
@@ -144,6 +144,8 @@ def make_bundle(
         truth = torch_accuracy(classifier, inputs, labels)
         measured = measured_on(stage, precisions, inputs, labels, truth=truth, allowed=allowed)
         manifest = msgspec.structs.replace(manifest, measured=measured)
+        on_stage("measuring memory")
+        manifest = _with_memory(stage, manifest, request)
         _list(stage, manifest)
         data = (stage / names.MANIFEST).read_bytes()
         write_atomic(stage / names.SIGNATURE, sign(data, signing_key))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from anabranch.client.data.records import load_records
 from anabranch.client.files import read_run
 from anabranch.client.tuning.bases import load_classifier
@@ -46,7 +48,9 @@ def export_run(
     begins = run.is_file()
     config = read_run(run if begins else run / "run.toml")
     released = None if begins else _released(run, config)
-    held_out = load_records(records, config)
+    # min_rows is what a site must have to train; a few held-out records are a coarse measure.
+    few = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, min_rows=1))
+    held_out = load_records(records, few)
     classifier = load_classifier(config)
     adapter = read_adapter(classifier) if released is None else _read(run, classifier, released)
     return make_bundle(
