@@ -40,6 +40,7 @@ from anabranch.edge.runtime.bundle_manifest import ADAPTER, Manifest
 from anabranch.edge.runtime.trust import load_private, new_key
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.codecs.codec import CodecName
 from benchmarks.edge import gateway_load, install, task
 from benchmarks.edge.processes import Process, device_python
 from benchmarks.harness import Figure, header, options, ratio, report
@@ -245,10 +246,9 @@ def _bytes_figures(
     one = (folder / "bundle" / ADAPTER).stat().st_size
     after = wire.decode_adapter(trained.read_bytes(), adapter.spec)
     delta = after.minus(adapter, num_examples=1)
-    frames = {
-        codec: len(wire.encode(delta, codec=codec, rng=np.random.default_rng(0)))  # type: ignore[arg-type]
-        for codec in ("fp32", "int8")
-    }
+    codecs: tuple[CodecName, ...] = ("fp32", "int8")
+    rng = np.random.default_rng(0)
+    frames = {codec: len(wire.encode(delta, codec=codec, rng=rng)) for codec in codecs}
     return [
         Figure(figure="adapter.bytes_ratio", value=one / int8, unit="ratio", target="<= 0.02",
                peer="the int8 model", note=f"{one:,} / {int8:,} bytes"),

@@ -42,7 +42,7 @@ def require_agreement(folder: Path, precisions: Sequence[Precision], *, artifact
     truth = _gradient(open_engine(bundle), moved, batch)
     if artifacts:
         got = _gradient(open_engine(bundle, engine="ort-training"), moved, batch)
-        worst = float(np.linalg.norm(got - truth) / max(np.linalg.norm(truth), 1e-30))
+        worst = float(np.linalg.norm(got - truth)) / max(float(np.linalg.norm(truth)), 1e-30)
         if not worst <= TOLERANCE:
             raise ReleaseError(
                 f"the onnxruntime-training artifacts and the plain graph differ by {worst:.2g} of "

@@ -53,6 +53,7 @@ from anabranch.edge.runtime.bundle_manifest import (
 from anabranch.edge.runtime.files import staged, write_atomic
 from anabranch.edge.runtime.manifest import TOKENIZER, entry
 from anabranch.edge.runtime.measure import Job, measure, memory_model
+from anabranch.edge.runtime.memory import micro_batches
 from anabranch.edge.runtime.onnx_adapter import supported, write_onnx_adapter
 from anabranch.edge.runtime.trust import public_bytes, sign
 from anabranch.protocols import wire
@@ -294,6 +295,8 @@ def _with_memory(stage: Path, manifest: Manifest, request: Request) -> Manifest:
     limits = Limits(
         memory_bytes=request.memory_bytes or room, max_records=MAX_RECORDS, max_tokens=longest
     )
+    for graph in graphs.values():
+        micro_batches([longest], graph.memory, limits)  # DeviceError: not even one record fits
     return msgspec.structs.replace(manifest, graphs=graphs, limits=limits)
 
 

@@ -60,7 +60,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     call_s: Seconds = 600.0  # longest deadline of a call; devices give a transfer 300
     chunk_bytes: Chunk = 65536
     message_bytes: Annotated[int, msgspec.Meta(ge=4096, le=16 << 20)] = 1 << 20
-    max_examples: Count = 1_000_000  # records that one device may claim
+    max_examples: Count = 10_000  # records that one device may claim
     decoders: Count = 2  # deltas in memory at once
     lease_s: Positive = 900.0  # a task without a sign of life for so long frees its place
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -236,3 +237,47 @@ def test_personalising_decides_the_same_and_keeps_the_same_adapter(here: Any, th
         assert (one["records"], one["accuracy"]) == (other["records"], other["accuracy"])
         assert one["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
     assert apart(vector(theirs, "personal/"), vector(ours, "personal/")) < TOLERANCE
+
+
+def newer_python() -> Path | None:
+    """Return an installed CPython 3.12 or later, or None."""
+    places = [Path(p) for p in (shutil.which(f"python3.{minor}") or "" for minor in range(12, 15))]
+    places += sorted(Path.home().glob(".pyenv/versions/3.1[2-9]*/bin/python"))
+    for place in places:
+        if place.is_file():
+            code = "import sys; print(sys.version_info >= (3, 12))"
+            done = subprocess.run([place, "-c", code], capture_output=True, text=True, check=False)
+            if done.stdout.strip() == "True":
+                return place
+    return None
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_of_a_newer_python_trains_and_infers(
+    tmp_path: Path, made: Callable[[str], Made]
+) -> None:
+    """Installed as a user would, not as a link; this Python's version where no newer one is."""
+    python = newer_python() or Path(sys.executable)
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    fresh = tmp_path / "venv" / "bin" / "python"
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip: list[str | Path] = [
+        fresh,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", f"{source}[edge]"], check=True)
+
+    said = call(fresh, IMPORTS, json.dumps(ABSENT), folder=tmp_path)
+    arrays, _ = work(fresh, made("text"), tmp_path, hide=False)
+
+    assert said["found"] == []
+    for precision in PRECISIONS:
+        losses = arrays[f"{precision}/losses"]
+        assert np.isfinite(losses).all()
+        assert np.mean(losses[-3:]) < np.mean(losses[:3])

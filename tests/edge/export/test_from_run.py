@@ -93,7 +93,7 @@ def test_the_bundle_is_the_release_measured_on_the_records(copy: Path) -> None:
     assert manifest.measured["fp32"].accuracy == pytest.approx(
         released["metrics"]["fp32_accuracy"], abs=1e-9
     )
-    assert stages == ["exporting", "measuring memory", "measuring accuracy"]
+    assert stages == ["exporting", "comparing engines", "measuring accuracy", "measuring memory"]
 
 
 @pytest.mark.parametrize("name", ["onnx/model.onnx", "adapter/adapter_model.safetensors"])

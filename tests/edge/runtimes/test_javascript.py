@@ -186,4 +186,4 @@ def reporting(module: ModuleType, results: queue.Queue[Any]) -> Any:
             self.end_headers()
 
     module.Pages = Pages  # type: ignore[attr-defined]
-    return module.server  # type: ignore[attr-defined]
+    return module.server
