@@ -55,7 +55,7 @@ def test_sync_without_data_sends_what_waits(
     assert "delta of task t-1 accepted" in capsys.readouterr().err
     assert len(fake.committed) == 1
     assert Spool(home.spool).entries() == []
-    assert fake.asked == []
+    assert [(one.resume_task, one.capabilities.examples) for one in fake.asked] == [("t-1", 3)]
 
 
 def test_sync_says_that_the_gateway_is_away(
