@@ -28,8 +28,8 @@ def keygen(
     as_json: Json = False,
 ) -> int:
     """Make a key that signs bundles (Ed25519)."""
-    from anabranch.edge.runtime.files import write_atomic
     from anabranch.edge.runtime.trust import new_key
+    from anabranch.storage.files import write_atomic
 
     beside = key.with_name(key.name + ".pub")
     if beside.exists():

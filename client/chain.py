@@ -31,19 +31,12 @@ from anabranch.protocols.chain import (
     Link,
     Mechanism,
     Neighbouring,
-    Witness,
-    following,
-    link_hash,
     require_link,
 )
 from anabranch.protocols.spend import Spend
 from anabranch.protocols.tables import Count, Fraction, Positive
-
-__all__ = [  # of protocols/chain.py: whoever reads a site's chain finds it here
-    "BrokenChain",
-    "Witness",
-    "link_hash",
-]
+from anabranch.storage import chain
+from anabranch.storage.chain import Adopted, Settle, spend_of
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,20 +84,6 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     neighbouring: Neighbouring = "add-or-remove-one-record"
 
 
-class Settle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The round of event `reserve` trained as reserved; its update may leave now."""
-
-    reserve: Count
-    time: str
-
-
-class Adopted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The owner accepts the chain before this event, though `witnesses` knew another."""
-
-    witnesses: tuple[Witness, ...]
-    time: str
-
-
 Body = Opened | Imported | DataSet | Reserve | Settle | Adopted
 KINDS: Mapping[str, type[Body]] = {
     "opened": Opened,
@@ -114,7 +93,6 @@ KINDS: Mapping[str, type[Body]] = {
     "settle": Settle,
     "adopted": Adopted,
 }
-_KIND = {body: kind for kind, body in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -127,37 +105,17 @@ class Event(Link):
         return self.read(KINDS)
 
 
-def link(previous: Event | None, body: Body) -> Event:
-    """Return the event with `body` that follows `previous`."""
-    new = following(previous, _KIND[type(body)], msgspec.json.encode(body).decode())
-    return Event(new.id, new.kind, new.text, new.hash)
-
-
 @dataclass(frozen=True, kw_only=True)
-class State:
+class State(chain.State[Opened, Reserve]):
     """What a chain adds up to."""
 
-    opened: Opened
-    count: int
-    heads: tuple[str, ...]  # heads[i] is the hash of event i + 1
     imported: tuple[Imported, ...] = ()
     sets: Mapping[str, DataSet] = field(default_factory=dict)  # by fingerprint
-    reserved: Mapping[int, Reserve] = field(default_factory=dict)  # by event
-    settled: frozenset[int] = frozenset()  # events of kind reserve
 
     @property
-    def head(self) -> str:
-        """Return the hash of the last event."""
-        return self.heads[-1]
-
-    @property
-    def open(self) -> frozenset[int]:
-        """Return the reserve events without a settle."""
-        return frozenset(self.reserved) - self.settled
-
-    def holds(self, witness: Witness) -> bool:
-        """Return whether the witness saw a beginning of this chain."""
-        return witness.saw(self.opened.ledger, self.heads)
+    def witnessed(self) -> bool:
+        """Return whether a ledger that came this far has had witnesses."""
+        return bool(self.sets)
 
     def spends(self, data: Iterable[str] | None = None, run: str | None = None) -> list[Spend]:
         """Return all that was spent, oldest first; on some data sets, or in one run, if given.
@@ -174,16 +132,7 @@ class State:
         ]
 
 
-def spend_of(event: Imported | Reserve) -> Spend:
-    """Return what an event spends."""
-    return Spend(
-        noise_multiplier=event.noise_multiplier,
-        sample_rate=event.sample_rate,
-        steps=event.steps,
-    )
-
-
-def replay(events: Sequence[Event]) -> State:
+def replay(events: Sequence[Link]) -> State:
     """Check every link and return what the events add up to. Raises BrokenChain."""
     previous = GENESIS
     opened: list[Opened] = []
@@ -194,7 +143,7 @@ def replay(events: Sequence[Event]) -> State:
     for number, event in enumerate(events, 1):
         require_link(previous, number, event)
         previous = event.hash
-        match event.body:
+        match event.read(KINDS):
             case Opened() as body if number == 1:
                 opened.append(body)
             case Imported() as body if opened and not sets:
@@ -213,7 +162,6 @@ def replay(events: Sequence[Event]) -> State:
         raise BrokenChain("the chain is empty: not even its first event is there")
     return State(
         opened=opened[0],
-        count=len(events),
         heads=tuple(event.hash for event in events),
         imported=tuple(imported),
         sets=sets,

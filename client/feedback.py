@@ -33,13 +33,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anabranch.client.files import write_atomic
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import MalformedMessage, ModelError, ProtocolError
 from anabranch.protocols.part import Factors
 from anabranch.protocols.spec import AdapterSpec, require_same_spec
 from anabranch.protocols.tables import Uplink
+from anabranch.storage.files import write_atomic
 
 Float = NDArray[np.float32]
 

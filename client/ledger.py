@@ -8,7 +8,7 @@ A crash between reserve and settle leaves a reserve without a settle, which coun
 may have left. The same round reserved again counts again. An event names the rows it was
 trained on (membership.py), so neither a new run nor another coordinator, contract, split, order
 or installation sets a row back to 0, and a new row begins at 0. Events are hash-chained
-(chain.py) and witnessed outside the file (witness.py): a ledger that was edited, cut, rolled
+(chain.py) and witnessed outside the file (storage/): a ledger that was edited, cut, rolled
 back, deleted or exchanged stops all private training, and the error says what to do. Somebody
 who rewrites file and witnesses together is found by comparing with the heads that the
 coordinator was sent: `contains`.
@@ -16,19 +16,18 @@ coordinator was sent: `contains`.
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anabranch.client.chain import Adopted, BrokenChain, Event, Reserve, Settle, State
-from anabranch.client.ledger_file import Book, locked, make, now, opened
+from anabranch.client.chain import Event, Reserve, State
+from anabranch.client.ledger_file import SITE, add_set, key_of, members_in
 from anabranch.client.membership import fingerprint_of, groups, largest, members_of
 from anabranch.client.privacy import Spend, epsilon_of, require_budget
-from anabranch.client.witness import Witnesses
 from anabranch.protocols.errors import PrivacyError
+from anabranch.storage.book import Book, now
+from anabranch.storage.ledger import ChainedLedger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Limit:
     name: str  # where it is set, for the message
 
 
-class Ledger:
+class Ledger(ChainedLedger[State]):
     """The ledger at `path`; it is made when something is first reserved.
 
     `state` is the folder of a second witness; None leaves the one beside the ledger. Every
@@ -50,8 +49,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, state: Path | None = None) -> None:
-        self.path = path
-        self._witnesses = Witnesses(path, state)
+        super().__init__(SITE, path, state)
 
     def reserve(
         self,
@@ -69,12 +67,12 @@ class Ledger:
         """
         if not rows:
             raise PrivacyError("0 records: nothing can be trained on privately")
-        with self._writing() as book:
-            members = members_of(rows, book.key)
+        with self.writing() as book:
+            members = members_of(rows, key_of(book))
             for limit in limits:
                 _require(limit, book, members, run, spend)
             event = Reserve(
-                data=book.add_set(members),
+                data=add_set(book, members),
                 run=run,
                 round=round_number,
                 noise_multiplier=spend.noise_multiplier,
@@ -84,36 +82,17 @@ class Ledger:
             )
             return book.add(event).id
 
-    def settle(self, entry: int, spend: Spend) -> str:
-        """Confirm that training spent what was reserved; return the head of the chain (hex).
-
-        Only then may the update leave. Raises PrivacyError if `spend` differs or the entry is
-        not open; it then counts as reserved.
-        """
-        with self._writing() as book:
-            if entry not in book.state.open:
-                raise PrivacyError(f"{self.path}: entry {entry} is not open, nothing may leave")
-            reserved = book.state.reserved[entry]
-            planned = (reserved.noise_multiplier, reserved.sample_rate, reserved.steps)
-            ran = (spend.noise_multiplier, spend.sample_rate, spend.steps)
-            if planned != ran:
-                raise PrivacyError(
-                    f"{self.path}: entry {entry} reserved (σ, q, steps) = {planned}, training "
-                    f"spent {ran}: nothing may leave"
-                )
-            return book.add(Settle(reserve=entry, time=now())).hash
-
     def spent(self, rows: Sequence[bytes], delta: float) -> float:
         """Return the largest ε at `delta` that one of these rows has spent in all runs."""
-        with self._reading() as book:
+        with self.reading() as book:
             if book is None:
                 return 0.0
-            found = _by_rows(book, members_of(rows, book.key))
+            found = _by_rows(book, members_of(rows, key_of(book)))
             return max((epsilon_of(spends, delta) for spends in found), default=0.0)
 
     def history(self, run: str | None = None) -> list[Spend]:
         """Return what was spent on any row, oldest first; of one run, if `run` is given."""
-        with self._reading() as book:
+        with self.reading() as book:
             return [] if book is None else book.state.spends(run=run)
 
     def epsilon(self, delta: float) -> float:
@@ -125,183 +104,39 @@ class Ledger:
 
     def events(self) -> list[Event]:
         """Return the chain, oldest event first; [] if nothing was ever reserved."""
-        with self._reading() as book:
-            return [] if book is None else book.events
-
-    def state(self) -> State | None:
-        """Return what the events add up to; None if nothing was ever reserved."""
-        with self._reading() as book:
-            return None if book is None else book.state
+        with self.reading() as book:
+            return (
+                [] if book is None else [Event(e.id, e.kind, e.text, e.hash) for e in book.events]
+            )
 
     def members(self) -> dict[str, bytes]:
         """Return fingerprint -> keyed digests of the rows, oldest data set first."""
-        with self._reading() as book:
-            return {} if book is None else book.members()
+        with self.reading() as book:
+            return {} if book is None else members_in(book)
 
     def members_of(self, rows: Sequence[bytes]) -> bytes:
         """Return the keyed digests of rows, sorted; b"" if nothing was ever reserved."""
-        with self._reading() as book:
-            return b"" if book is None else members_of(rows, book.key)
+        with self.reading() as book:
+            return b"" if book is None else members_of(rows, key_of(book))
 
     def fingerprint(self, rows: Sequence[bytes]) -> str | None:
         """Return the fingerprint of rows as a data set; None if nothing was ever reserved."""
-        with self._reading() as book:
-            return None if book is None else fingerprint_of(members_of(rows, book.key))
-
-    @property
-    def head(self) -> str | None:
-        """Return the hash of the last event; None if nothing was ever reserved."""
-        state = self.state()
-        return None if state is None else state.head
+        with self.reading() as book:
+            return None if book is None else fingerprint_of(members_of(rows, key_of(book)))
 
     def contains(self, head: str) -> bool:
         """Return whether the chain has, or once ended with, the event of this hash."""
         state = self.state()
         return state is not None and head in state.heads
 
-    def witness_files(self, state: State) -> list[Path]:
-        """Return where the witnesses of a ledger in this state lie."""
-        return self._witnesses.files(state)
 
-    def adopt(self) -> str:
-        """Accept the ledger as it is against its witnesses, and record it; return the new head.
-
-        A ledger that is missing is begun anew. Events that were lost stay lost: the `adopted`
-        event names what the witnesses had seen. Raises PrivacyError if the chain itself is
-        broken, or if there is nothing to accept.
-        """
-        with self._errors():
-            found = self._witnesses.read(self._identity())
-            record = Adopted(witnesses=tuple(found.values()), time=now())
-            if self.path.exists():
-                with opened(self.path) as db, locked(db):
-                    book = Book(db)
-                    if self._agrees(book.state):
-                        raise PrivacyError(
-                            f"{self.path}: the ledger agrees with its witnesses: there is nothing "
-                            "to accept"
-                        )
-                    book.add(record)
-            elif found:
-                make(self.path, record)
-            else:
-                raise PrivacyError(
-                    f"{self.path}: no ledger, and no witness of one: the first private round "
-                    "makes it"
-                )
-            with opened(self.path) as db:
-                state = self._witness(db)
-            self._witnesses.forget(found, state)
-            return state.head
-
-    def _identity(self) -> str | None:
-        """Return the ledger's own name; None if there is no file."""
-        if not self.path.exists():
-            return None
-        with opened(self.path) as db, locked(db):
-            return Book(db).state.opened.ledger
-
-    def _agrees(self, state: State) -> bool:
-        try:
-            self._witnesses.require(state, self._witnesses.read(state.opened.ledger))
-        except PrivacyError:
-            return False
-        return True
-
-    @contextmanager
-    def _reading(self) -> Iterator[Book | None]:
-        """Yield the checked ledger, or None if there is none and never was."""
-        with self._errors():
-            if not self._exists():
-                yield None
-                return
-            with self._checked() as book:
-                yield book
-
-    @contextmanager
-    def _writing(self) -> Iterator[Book]:
-        """Yield the checked ledger, made if absent; what is added is on disk, and witnessed,
-        when the block ends.
-        """
-        with self._errors():
-            if not self._exists():
-                make(self.path)
-            with self._checked() as book:
-                yield book
-
-    @contextmanager
-    def _checked(self) -> Iterator[Book]:
-        """Yield the ledger under the write lock; witness what was there, then what was added.
-
-        A ledger has witnesses before the first data set is in it, so one without any that has
-        one was tampered with.
-        """
-        with opened(self.path) as db:
-            with locked(db):
-                book = Book(db)
-                found = self._witnesses.read(book.state.opened.ledger)
-                if not self._witnesses.require(book.state, found):
-                    self._write_witnesses(book.state)
-                before = book.events[-1]
-                yield book
-            if book.events[-1] != before:
-                self._witness(db)
-
-    def _exists(self) -> bool:
-        """Return whether there is a ledger. Raises PrivacyError if there was one."""
-        if self.path.exists():
-            return True
-        found = self._witnesses.read(None)
-        if self.path.exists():
-            return True  # another process was first
-        self._witnesses.require_none(found)
-        return False
-
-    def _witness(self, db: sqlite3.Connection) -> State:
-        """Make the witnesses say how far the ledger is now.
-
-        Under the write lock, so that of two writers none puts a witness back.
-        """
-        with locked(db):
-            state = Book(db).state
-            self._write_witnesses(state)
-            return state
-
-    def _write_witnesses(self, state: State) -> None:
-        try:
-            self._witnesses.write(state)
-        except OSError as error:
-            raise PrivacyError(
-                f"{self.path}: the witness of the privacy ledger cannot be written ({error}). "
-                "What was reserved counts as spent, and nothing may leave. Make room, or the "
-                f"folder writable: {', '.join(map(str, self._witnesses.files(state)))}"
-            ) from error
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turn whatever makes the file unusable into a PrivacyError that says what to do."""
-        try:
-            yield
-        except BrokenChain as error:
-            raise PrivacyError(
-                f"{self.path}: the privacy ledger was changed: {error}. Private training stops; "
-                "restore the ledger from a backup"
-            ) from None
-        except (sqlite3.Error, OSError) as error:
-            raise PrivacyError(
-                f"{self.path}: the privacy ledger cannot be used ({error}). Private training "
-                "stops until the file is readable again; restore it from a backup. Do not "
-                "delete it: what was spent would be forgotten"
-            ) from error
-
-
-def _by_rows(book: Book, members: bytes) -> list[list[Spend]]:
+def _by_rows(book: Book[State], members: bytes) -> list[list[Spend]]:
     """Return what the rows have spent: one list for each group that can have spent most."""
-    found = groups(members, book.members())
+    found = groups(members, members_in(book))
     return [book.state.spends(data=group) for group in largest(found)]
 
 
-def _require(limit: Limit, book: Book, members: bytes, run: str, planned: Spend) -> None:
+def _require(limit: Limit, book: Book[State], members: bytes, run: str, planned: Spend) -> None:
     """Raise PrivacyError if `planned` on these rows would exceed the limit."""
     match limit.over:
         case "run":

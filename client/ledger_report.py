@@ -13,16 +13,17 @@ from typing import Any
 
 import msgspec
 
-from anabranch.client.chain import Event, Reserve, State, spend_of
+from anabranch.client.chain import Event, Reserve, State
 from anabranch.client.data.read import read_table
 from anabranch.client.data.rows import row_hashes
-from anabranch.client.files import write_atomic
 from anabranch.client.ledger import Ledger
 from anabranch.client.membership import WIDTH, groups, known, largest
 from anabranch.client.pld import Compared, compare
 from anabranch.client.privacy import Spend, epsilon_of, repeats_within
 from anabranch.client.site_file import Budget, ledger_of, read_site
 from anabranch.protocols.errors import ConfigError, DataError, PrivacyError
+from anabranch.storage.chain import spend_of
+from anabranch.storage.files import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)

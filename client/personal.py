@@ -35,7 +35,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.client.files import write_atomic
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter, trainable_parameters
@@ -47,6 +46,7 @@ from anabranch.protocols.errors import ModelError, ProtocolError
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import Lora
+from anabranch.storage.files import write_atomic
 
 FOLDER = "personal"
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # it becomes a file name

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from anabranch.client.files import write_atomic
 from anabranch.client.ledger import Ledger, Limit
 from anabranch.client.personal import checked_run
 from anabranch.client.privacy import LARGEST_EPSILON, DpPlan, plan_for
@@ -24,6 +23,7 @@ from anabranch.client.tuning.private import fit_private
 from anabranch.protocols.errors import ModelError, PrivacyError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.tables import Positive, Privacy
+from anabranch.storage.files import write_atomic
 
 
 class Clipping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -29,11 +29,10 @@ import torch
 
 from anabranch.client import feedback, personal
 from anabranch.client.data.records import Records, load_records, split
-from anabranch.client.files import write_atomic
 from anabranch.client.ledger import Ledger
 from anabranch.client.memory import give_back
 from anabranch.client.private_round import train_privately
-from anabranch.client.site_file import ledger_of, read_site
+from anabranch.client.site_file import ledger_of, read_site, witness_folder
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
@@ -41,7 +40,6 @@ from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.prefix import PrefixCache
 from anabranch.client.tuning.training import Fit, Schedule, fit, predict, steps_per_round
-from anabranch.client.witness import state_folder
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import (
@@ -56,6 +54,7 @@ from anabranch.protocols.errors import (
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.protocols.spec import AdapterSpec, require_same_spec
 from anabranch.protocols.tables import Device, Lora
+from anabranch.storage.files import write_atomic
 
 CLASSIFIERS = 2  # held per thread: that of the run, and the wider one of the private adapter
 
@@ -363,9 +362,8 @@ class Site:
 
     def _without_paths(self, text: str) -> str:
         folders = {self.folder, self.folder.absolute(), self.folder.resolve()}
-        if self._file.ledger_witness == "state":
-            folders.add(state_folder())
-        for folder in folders:
+        witnesses = witness_folder(self._file)
+        for folder in folders if witnesses is None else folders | {witnesses}:
             text = text.replace(f"{folder}{os.sep}", "")
         return text
 

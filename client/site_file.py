@@ -20,9 +20,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from anabranch.client.ledger import Ledger, Limit
-from anabranch.client.witness import state_folder
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.tables import Count, Device, Name, Positive
+from anabranch.storage.witness import state_folder
 
 LEDGER = "ledger.sqlite"
 
@@ -65,5 +65,14 @@ def read_site(folder: Path) -> SiteFile:
 
 def ledger_of(folder: Path, file: SiteFile) -> Ledger:
     """Return the site's privacy ledger, which is opened for each use."""
-    state = state_folder() if file.ledger_witness == "state" else None
-    return Ledger(folder / LEDGER, state)
+    return Ledger(folder / LEDGER, witness_folder(file))
+
+
+def witness_folder(file: SiteFile) -> Path | None:
+    """Return the folder of the ledger's second witness; None: the site does without it.
+
+    Raises PrivacyError if there can be none.
+    """
+    if file.ledger_witness == "folder":
+        return None
+    return state_folder(', or ledger_witness = "folder" in site.toml to do without it')

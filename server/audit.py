@@ -23,12 +23,13 @@ from anabranch.client.audit.record import (
 )
 from anabranch.client.audit.replay import Parts
 from anabranch.client.audit.report import FALSE_ALARM, Report, level_for
-from anabranch.client.files import read_run, write_atomic
+from anabranch.client.files import read_run
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, PrivacyError
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.client_audit import audit_clients, client_checks, client_part
 from anabranch.server.evaluation import initial_adapter
+from anabranch.storage.files import write_atomic
 
 CANARIES = 400  # per site
 

@@ -33,7 +33,6 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from anabranch.client.files import sync_folder, write_atomic
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import load_adapter, merged_weights
@@ -59,6 +58,7 @@ from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ReleaseError
 from anabranch.server.card import Checks, RunFacts, model_card
 from anabranch.server.statement import state
+from anabranch.storage.files import sync_folder, write_atomic
 
 FP32_TOLERANCE = 1e-3  # accuracy, or one record if that is more: ties may break differently
 LATENCY_RUNS = 50

@@ -13,7 +13,6 @@ from pathlib import Path
 from string import Template
 from typing import Final
 
-from anabranch.client.files import write_atomic
 from anabranch.server import figures
 from anabranch.server.charts import Comparison
 from anabranch.server.figures import Curves
@@ -47,6 +46,7 @@ from anabranch.server.svg import (
     size,
     text,
 )
+from anabranch.storage.files import write_atomic
 
 __all__ = ["Comparison", "Failure", "ReleaseFile", "ReportData", "render", "write_report"]
 

@@ -21,10 +21,10 @@ from uuid import uuid4
 
 import msgspec
 
-from anabranch.client.files import sync_folder, write_atomic
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError
+from anabranch.storage.files import sync_folder, write_atomic
 
 
 def new_run(name: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from anabranch.client.data.records import Records, load_records
-from anabranch.client.files import read_run, write_atomic
+from anabranch.client.files import read_run
 from anabranch.client.site import require_device
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, DataError
@@ -32,6 +32,7 @@ from anabranch.server.evaluation import evaluator, initial_adapter, require_shar
 from anabranch.server.outcome import Finished
 from anabranch.server.store import RunFolder, new_run
 from anabranch.simulations import engines
+from anabranch.storage.files import write_atomic
 
 OnEvent = Callable[..., None]
 

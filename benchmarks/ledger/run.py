@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, f
 import numpy as np
 import torch
 
-from anabranch.client.chain import Reserve, Settle
+from anabranch.client.chain import Reserve
 from anabranch.client.ledger import Ledger
 from anabranch.client.privacy import epsilon_of
 from anabranch.client.site import Site
@@ -50,6 +50,7 @@ from anabranch.protocols.tables import (
     Task,
     Training,
 )
+from anabranch.storage.chain import Settle
 from benchmarks.harness import Figure, header, options, report
 from benchmarks.ledger.worker import RUN_ROUNDS, STAGES, released, started, work
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.client import feedback, private_round
-from anabranch.client.files import write_atomic
 from anabranch.client.ledger import Ledger
 from anabranch.client.privacy import DpPlan, Spend
 from anabranch.client.site import Site
-from anabranch.client.witness import Witnesses
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.messages import Assignment
+from anabranch.storage.files import write_atomic
+from anabranch.storage.witness import Witnesses
 
 STAGES = ("start", "reserve", "witness", "train", "settle", "encode", "release", "between")
 RUN_ROUNDS = 1000

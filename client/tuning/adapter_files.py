@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 
-from anabranch.client.files import read_run, write_atomic
+from anabranch.client.files import read_run
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import load_adapter, merged_weights
 from anabranch.client.tuning.peft_folder import read_about, read_peft, write_peft
@@ -17,6 +17,7 @@ from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError, ModelError
 from anabranch.protocols.spec import require_same_spec
+from anabranch.storage.files import write_atomic
 
 FRAME = ".adapter"
 

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from anabranch.client.files import write_atomic
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import IncompatibleAdapter, ModelError
 from anabranch.protocols.spec import LORA_A, LORA_B, AdapterSpec, require_same_spec
+from anabranch.storage.files import write_atomic
 
 CONFIG = "adapter_config.json"
 FACTORS = "adapter_model.safetensors"

@@ -49,11 +49,11 @@ from anabranch.edge.runtime.bundle_manifest import (
     OPTIMIZER_MODEL,
     TRAINING_MODEL,
 )
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ReleaseError
 from anabranch.protocols.spec import AdapterSpec, require_same_spec
 from anabranch.protocols.tables import Training
+from anabranch.storage.files import write_atomic
 
 OPSET, IR = 17, 8  # the first opset with LayerNormalization; onnxruntime 1.19 reads IR 10 and less
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own

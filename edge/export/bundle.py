@@ -50,7 +50,6 @@ from anabranch.edge.runtime.bundle_manifest import (
     Role,
     key,
 )
-from anabranch.edge.runtime.files import staged, write_atomic
 from anabranch.edge.runtime.manifest import TOKENIZER, entry
 from anabranch.edge.runtime.measure import Job, measure, memory_model
 from anabranch.edge.runtime.memory import micro_batches
@@ -61,6 +60,7 @@ from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, ReleaseError
 from anabranch.protocols.tables import Name
+from anabranch.storage.files import staged, write_atomic
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 ROLES: tuple[Role, ...] = ("train_step", "train_step_dp", "infer")

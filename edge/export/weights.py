@@ -21,8 +21,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from anabranch.edge.runtime.files import write_atomic, writing
 from anabranch.protocols.errors import BundleError
+from anabranch.storage.files import write_atomic, writing
 
 PAGE, ALIGNMENT = 4096, 64
 INLINE = TensorProto.DEFAULT

@@ -28,8 +28,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from anabranch.edge.gateway.config import make_private
 from anabranch.edge.gateway.refusals import Denied, Malformed
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.protocols.errors import ConfigError
+from anabranch.storage.files import write_atomic
 
 URN = "urn:anabranch:device:"
 MAX_REQUEST = 8192  # bytes of a certificate request; a P-256 one has about 500

@@ -26,9 +26,9 @@ from anabranch.edge.gateway.config import (
 from anabranch.edge.gateway.replies import at
 from anabranch.edge.gateway.store import Row, Store, make_store
 from anabranch.edge.runtime.enrol import Invitation
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.protocols import rdp
 from anabranch.protocols.errors import ConfigError
+from anabranch.storage.files import write_atomic
 
 MAX_TOKENS = 10_000  # of one call
 

@@ -17,10 +17,10 @@ import msgspec
 
 from anabranch.edge.gateway.refusals import Unknown
 from anabranch.edge.runtime.bundle_manifest import MANIFEST, SIGNATURE, Manifest
-from anabranch.edge.runtime.files import digest_of, write_atomic
 from anabranch.edge.runtime.trust import verify_signature
 from anabranch.protocols.errors import BundleError, ConfigError
 from anabranch.protocols.spec import AdapterSpec
+from anabranch.storage.files import digest_of, write_atomic
 
 Stamp = tuple[int, int, int]  # size, time of change, inode
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from anabranch.edge.gateway.refusals import Damaged, Gap, Malformed, Superseded, Unknown
 from anabranch.edge.gateway.store import Row, Store, count_traffic
-from anabranch.edge.runtime.files import digest_of, sync_folder
+from anabranch.storage.files import digest_of, sync_folder
 
 STEP = 1 << 20  # bytes between checkpoints
 

@@ -27,9 +27,9 @@ import msgspec
 
 from anabranch.edge.runtime.backoff import MAX_WINDOW_S, Backoff, Window, next_delay_s
 from anabranch.edge.runtime.conditions import Unmet, only_network, without_network
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.spool import Entry
+from anabranch.storage.files import write_atomic
 
 FILE = "agent.json"
 MAX_LAST = 500  # characters of what happened last

@@ -33,11 +33,11 @@ from anabranch.edge.runtime.bundle import (
     require_exact_files,
 )
 from anabranch.edge.runtime.bundle_manifest import Manifest
-from anabranch.edge.runtime.files import staged, writing
 from anabranch.edge.runtime.onnx_file import PLAIN
 from anabranch.edge.runtime.trust import MAX_SIGNATURE, remember_version
 from anabranch.protocols.errors import AnabranchError, BundleError, DeviceError
 from anabranch.protocols.spec import shown
+from anabranch.storage.files import staged, writing
 
 BLOCK = 512
 CHUNK = 1 << 20

@@ -43,7 +43,6 @@ from anabranch.edge.runtime.bundle_rules import (
     require_consistent,
     require_signature,
 )
-from anabranch.edge.runtime.files import digest_of
 from anabranch.edge.runtime.manifest import TOKENIZER
 from anabranch.edge.runtime.onnx_file import check_graph
 from anabranch.edge.runtime.onnx_info import GraphInfo, GraphLimits
@@ -59,6 +58,7 @@ from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import AnabranchError, BundleError
 from anabranch.protocols.spec import shown
+from anabranch.storage.files import digest_of
 
 MAX_MANIFEST = 4 << 20  # bytes: names and shapes of some 40,000 tensors
 MAX_GRAPH = 1 << 31  # bytes of one ONNX model: protobuf has no larger messages

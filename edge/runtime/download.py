@@ -26,11 +26,11 @@ import msgspec
 from anabranch.edge.generated import edge_pb2
 from anabranch.edge.runtime import trust
 from anabranch.edge.runtime.bundle_manifest import MANIFEST, SIGNATURE, Manifest
-from anabranch.edge.runtime.files import digest_of, staged, sweep, sync_folder
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.transport import Gateway, GatewayUnavailable
 from anabranch.protocols.errors import BundleError, DeviceError, ProtocolError
 from anabranch.protocols.wire import MAX_FRAME
+from anabranch.storage.files import digest_of, staged, sweep, sync_folder
 
 if TYPE_CHECKING:
     from anabranch.edge.runtime.bundle import Bundle

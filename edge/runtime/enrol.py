@@ -33,11 +33,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from anabranch.edge.runtime.agent import FILE as MEMORY
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.spool import SUFFIX
 from anabranch.edge.runtime.trust import KEY_BYTES, add_trusted
 from anabranch.protocols.errors import DeviceError
+from anabranch.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from anabranch.edge.runtime.transport import Gateway

@@ -14,8 +14,9 @@ are never taken away, nor is their meaning changed; a reader refuses what it doe
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
@@ -27,12 +28,13 @@ from anabranch.protocols.chain import (
     Link,
     Mechanism,
     Neighbouring,
-    Witness,
-    following,
     require_link,
 )
 from anabranch.protocols.spend import Spend
 from anabranch.protocols.tables import Count, Fraction, Positive
+from anabranch.storage import chain
+from anabranch.storage.book import Format
+from anabranch.storage.chain import Adopted, Settle, spend_of
 
 RunName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
@@ -58,67 +60,22 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     mechanism: Mechanism = "poisson-subsampled-gaussian"
     neighbouring: Neighbouring = "add-or-remove-one-record"
 
-    @property
-    def spend(self) -> Spend:
-        """Return what it costs."""
-        return Spend(
-            noise_multiplier=self.noise_multiplier,
-            sample_rate=self.sample_rate,
-            steps=self.steps,
-        )
 
-
-class Settle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The training of event `reserve` ran as reserved; what it made may leave now."""
-
-    reserve: Count
-    time: str
-
-
-class Adopted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The owner accepts the chain before this event, though `witnesses` knew another."""
-
-    witnesses: tuple[Witness, ...]
-    time: str
-
-
-Body = Opened | Reserve | Settle | Adopted
-KINDS: Mapping[str, type[Body]] = {
+KINDS: Mapping[str, type[Opened | Reserve | Settle | Adopted]] = {
     "opened": Opened,
     "reserve": Reserve,
     "settle": Settle,
     "adopted": Adopted,
 }
-_KIND = {body: kind for kind, body in KINDS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class State(chain.State[Opened, Reserve]):
     """What a chain adds up to."""
-
-    opened: Opened
-    heads: tuple[str, ...]  # heads[i] is the hash of event i + 1
-    reserved: Mapping[int, Reserve] = field(default_factory=dict)  # by event
-    settled: frozenset[int] = frozenset()  # events of kind reserve
-
-    @property
-    def head(self) -> str:
-        """Return the hash of the last event."""
-        return self.heads[-1]
-
-    @property
-    def open(self) -> frozenset[int]:
-        """Return the reserve events without a settle."""
-        return frozenset(self.reserved) - self.settled
 
     def spends(self, run: str | None = None) -> list[Spend]:
         """Return all that was spent, oldest first; in one run, if given."""
-        return [event.spend for event in self.reserved.values() if run in (None, event.run)]
-
-
-def link(previous: Link | None, body: Body) -> Link:
-    """Return the event with `body` that follows `previous`."""
-    return following(previous, _KIND[type(body)], msgspec.json.encode(body).decode())
+        return [spend_of(event) for event in self.reserved.values() if run in (None, event.run)]
 
 
 def replay(events: Sequence[Link]) -> State:
@@ -149,3 +106,19 @@ def replay(events: Sequence[Link]) -> State:
         reserved=reserved,
         settled=frozenset(settled),
     )
+
+
+def _begin(db: sqlite3.Connection, ledger: str, time: str) -> Opened:
+    return Opened(ledger=ledger, time=time)
+
+
+DEVICE = Format(
+    name="privacy ledger of a device",
+    training="training",
+    adopt="anabranch edge ledger --adopt",
+    application_id=0x416E6544,  # "AneD": not a site's ledger
+    version=1,
+    kinds=KINDS,
+    begin=_begin,
+    replay=replay,
+)

@@ -14,9 +14,9 @@ from anabranch.edge.runtime.device_file import Budget, read_device
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.ledger import DeviceLedger
 from anabranch.edge.runtime.ledger_chain import State
-from anabranch.edge.runtime.witness import state_folder
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.rdp import epsilon_of
+from anabranch.storage.witness import state_folder
 
 DELTA = 1e-5  # that ε is told at where device.toml has no budget
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import AnabranchError, BundleError, DeviceError
 from anabranch.protocols.spec import AdapterSpec
+from anabranch.storage.files import write_atomic
 
 VERSION = 1  # of adapter and model, as stored in the file
 

@@ -27,7 +27,6 @@ from anabranch.edge.runtime import state as states
 from anabranch.edge.runtime.bundle_manifest import Precision
 from anabranch.edge.runtime.data import Records, split
 from anabranch.edge.runtime.engine import EngineName
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.joint import open_engine
 from anabranch.edge.runtime.manifest import Digest
@@ -38,6 +37,7 @@ from anabranch.protocols.errors import DataError, DeviceError, ProtocolError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Training
 from anabranch.protocols.wire import decode_adapter, digest, encode
+from anabranch.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from anabranch.edge.runtime.bundle import Bundle

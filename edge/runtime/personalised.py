@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from anabranch.edge.runtime import onnx_schema as schema
 from anabranch.edge.runtime.bundle import MAX_GRAPH, Bundle, graph_info, mapped
 from anabranch.edge.runtime.bundle_manifest import Precision
-from anabranch.edge.runtime.files import writing
 from anabranch.edge.runtime.onnx_info import GraphInfo, Tensor
 from anabranch.edge.runtime.protobuf import (
     BYTES,
@@ -35,6 +34,7 @@ from anabranch.edge.runtime.protobuf import (
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import BundleError, DeviceError
 from anabranch.protocols.spec import require_same_spec
+from anabranch.storage.files import writing
 
 CHUNK = 1 << 20
 MAX_MODEL = (1 << 31) - 1  # bytes: protobuf has no larger messages

@@ -50,6 +50,7 @@ from anabranch.edge.runtime.private_plan import (
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.randomness import Randomness
 from anabranch.protocols.spend import LARGEST_EPSILON, Spend
+from anabranch.storage.chain import spend_of
 
 __all__ = [
     "RESERVATION",
@@ -230,7 +231,7 @@ def _require_same(
 ) -> None:
     """Raise PrivacyError unless the open reservation is of this training."""
     found = ledger.reservation(entry)
-    kept, now = (found.run, found.records, found.spend), (run, num_examples, spend)
+    kept, now = (found.run, found.records, spend_of(found)), (run, num_examples, spend)
     if kept != now:
         raise PrivacyError(
             f"entry {entry} of the privacy ledger reserved (run, records, spend) = {kept}, this "

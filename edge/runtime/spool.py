@@ -24,10 +24,10 @@ from typing import Annotated
 
 import msgspec
 
-from anabranch.edge.runtime.files import sweep, sync_folder, write_atomic
 from anabranch.edge.runtime.manifest import Digest
 from anabranch.protocols.errors import DeviceError
 from anabranch.protocols.wire import MAX_FRAME
+from anabranch.storage.files import sweep, sync_folder, write_atomic
 
 MAGIC = b"ABS1"
 SUFFIX = ".delta"

@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.edge.runtime.engine import Floats
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.protocols.errors import DeviceError
+from anabranch.storage.files import write_atomic
 
 FILE = "training.state"
 MAGIC = b"ABT1"

@@ -25,11 +25,11 @@ from anabranch.edge.generated import edge_pb2
 from anabranch.edge.runtime.backoff import Window
 from anabranch.edge.runtime.bundle_manifest import MANIFEST
 from anabranch.edge.runtime.data import LABELS
-from anabranch.edge.runtime.files import digest_of
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.spool import Entry, Spool
 from anabranch.edge.runtime.transport import Gateway, GatewayUnavailable
 from anabranch.protocols.errors import DataError, ProtocolError
+from anabranch.storage.files import digest_of
 
 CHUNK = 64 << 10  # bytes, unless the gateway says otherwise
 MAX_CHUNK, MIN_CHUNK = 1 << 20, 1 << 10

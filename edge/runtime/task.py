@@ -29,7 +29,6 @@ from anabranch.edge.runtime import state as states
 from anabranch.edge.runtime.data import Records, read_records
 from anabranch.edge.runtime.device_file import read_device
 from anabranch.edge.runtime.engine import Engine, EngineName
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.joint import open_engine
 from anabranch.edge.runtime.ledger import DeviceLedger
@@ -50,6 +49,7 @@ from anabranch.protocols.part import Part
 from anabranch.protocols.spec import shown
 from anabranch.protocols.tables import Count, Name, Training, Uplink
 from anabranch.protocols.wire import MAX_FRAME, decode_adapter, digest, encode
+from anabranch.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from anabranch.edge.runtime.bundle import Bundle

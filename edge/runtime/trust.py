@@ -26,10 +26,10 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from anabranch.edge.runtime.files import locked, write_atomic
 from anabranch.edge.runtime.manifest import Digest
 from anabranch.protocols.errors import BundleError
 from anabranch.protocols.tables import Count, Name
+from anabranch.storage.files import locked, write_atomic
 
 PREFIX = b"anabranch bundle\0"
 MAX_SIGNATURE = 512  # bytes of manifest.sig; it has about 250

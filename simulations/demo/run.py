@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 
 from anabranch.client.data.records import Records, load_records
-from anabranch.client.files import write_atomic
 from anabranch.client.site import MODELS, require_device
 from anabranch.client.tuning.metrics import confusion, evaluate
 from anabranch.edge.runtime.classify import Model
@@ -39,6 +38,7 @@ from anabranch.server.store import RunFolder
 from anabranch.simulations import baselines
 from anabranch.simulations.demo import icd
 from anabranch.simulations.experiment import Experiment, federate
+from anabranch.storage.files import write_atomic
 
 CONFIGURATIONS = ("alone", "federated", "private")  # the TOML files of this folder
 QUICK_SHARE = 0.25  # of the records

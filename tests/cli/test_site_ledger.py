@@ -14,12 +14,13 @@ import pytest
 
 from anabranch.cli.main import run
 from anabranch.client import pld
-from anabranch.client.chain import KINDS, link_hash
+from anabranch.client.chain import KINDS
 from anabranch.client.data.read import read_table
 from anabranch.client.data.rows import row_hashes
 from anabranch.client.ledger import Ledger
 from anabranch.client.privacy import epsilon_of, repeats_within
 from anabranch.client.site_file import ledger_of, read_site
+from anabranch.protocols.chain import link_hash
 from tests.ledgers import SPEND, change, old_ledger, rows, spend
 from tests.runs import PRIVATE, table_text, write_site, write_table
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from anabranch.client import ledger_file, witness
-from anabranch.client.chain import Adopted, Event, Witness, link_hash
-from anabranch.client.files import write_atomic
+from anabranch.client.chain import Event
 from anabranch.client.ledger import Ledger
+from anabranch.protocols.chain import Witness, link_hash
 from anabranch.protocols.errors import PrivacyError
+from anabranch.storage import book, witness
+from anabranch.storage.chain import Adopted
+from anabranch.storage.files import write_atomic
 from tests.ledgers import SPEND, change, old_ledger, rows
 
 ROWS = rows("a", "b")
@@ -318,7 +320,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, *, after: bool) -> None
 
     monkeypatch.setattr(witness, "write_atomic", ending(write_atomic))
     monkeypatch.setattr(os, "link", ending(os.link))
-    monkeypatch.setattr(ledger_file, "committed", ending(ledger_file.committed))
+    monkeypatch.setattr(book, "committed", ending(book.committed))
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -439,18 +441,6 @@ def test_what_never_was_cannot_be_accepted(tmp_path: Path) -> None:
 
 
 # The state folder
-
-
-def test_the_state_folder_follows_the_xdg_specification(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert witness.state_folder() == tmp_path / "anabranch" / "ledgers"
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for ignored in ("", "relative/path"):
-        monkeypatch.setenv("XDG_STATE_HOME", ignored)
-        assert witness.state_folder() == tmp_path / ".local/state/anabranch/ledgers"
 
 
 def test_a_state_folder_that_cannot_be_made_stops_private_training(tmp_path: Path) -> None:

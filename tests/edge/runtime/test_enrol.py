@@ -21,10 +21,10 @@ from anabranch.edge.runtime.enrol import (
     read_enrolled,
     renew,
 )
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.trust import read_trusted
 from anabranch.protocols.errors import DeviceError
+from anabranch.storage.files import write_atomic
 from tests.edge.gateways import (
     SECRET,
     FakeGateway,

@@ -21,17 +21,18 @@ from hypothesis import strategies as st
 
 from anabranch.client.ledger import Ledger
 from anabranch.edge.runtime import ledger as ledger_module
-from anabranch.edge.runtime import ledger_file, witness
 from anabranch.edge.runtime.device_file import DeviceFile, parse_device, read_device
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.ledger import DeviceLedger, Limit
-from anabranch.edge.runtime.ledger_chain import KINDS, Adopted
+from anabranch.edge.runtime.ledger_chain import KINDS
 from anabranch.edge.runtime.ledger_report import report
 from anabranch.protocols.chain import Link, Witness, link_hash
 from anabranch.protocols.errors import ConfigError, PrivacyError
 from anabranch.protocols.rdp import epsilon_of, require_budget
 from anabranch.protocols.spend import Spend
+from anabranch.storage import book, witness
+from anabranch.storage.chain import Adopted
+from anabranch.storage.files import write_atomic
 
 ROOT = Path(__file__).parents[3]
 DELTA = 1e-4
@@ -455,7 +456,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, *, after: bool) -> None
 
     monkeypatch.setattr(witness, "write_atomic", ending(write_atomic))
     monkeypatch.setattr(os, "link", ending(os.link))
-    monkeypatch.setattr(ledger_file, "committed", ending(ledger_file.committed))
+    monkeypatch.setattr(book, "committed", ending(book.committed))
 
 
 @pytest.mark.parametrize("after", [False, True])

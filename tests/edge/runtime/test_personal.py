@@ -9,7 +9,6 @@ import pytest
 
 from anabranch.edge.runtime import personal as personalising
 from anabranch.edge.runtime import state as states
-from anabranch.edge.runtime.files import write_atomic
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.personal import FILE, in_use, keep, personalise, undo
 from anabranch.edge.runtime.predict import Predictor
@@ -18,6 +17,7 @@ from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import DataError, DeviceError
 from anabranch.protocols.tables import Training
 from anabranch.protocols.wire import encode
+from anabranch.storage.files import write_atomic
 
 Make = Callable[..., Any]
 GOOD = Training(learning_rate=0.02, batch_size=8)

@@ -21,15 +21,17 @@ from pathlib import Path
 
 import msgspec
 
-from anabranch.client.chain import State, Witness
-from anabranch.client.files import sync_folder, write_atomic
+from anabranch.protocols.chain import Witness
 from anabranch.protocols.errors import PrivacyError
+from anabranch.storage.chain import Beginning, Spending, State
+from anabranch.storage.files import sync_folder, write_atomic
 
-ADOPT = "anabranch site ledger SITE --adopt"
 
+def state_folder(otherwise: str = "") -> Path:
+    """Return the folder of this user's witnesses; raise PrivacyError if there can be none.
 
-def state_folder() -> Path:
-    """Return the folder of this user's witnesses; raise PrivacyError if there can be none."""
+    `otherwise` ends the message: what can be done but to set XDG_STATE_HOME.
+    """
     base = os.environ.get("XDG_STATE_HOME", "")
     if os.path.isabs(base):  # the XDG specification has relative paths ignored
         return Path(base) / "anabranch" / "ledgers"
@@ -38,7 +40,7 @@ def state_folder() -> Path:
     except RuntimeError:
         raise PrivacyError(
             "this user has no home folder for the ledger's second witness: set XDG_STATE_HOME to "
-            'a folder that stays, or ledger_witness = "folder" in site.toml to do without it'
+            f"a folder that stays{otherwise}"
         ) from None
 
 
@@ -47,7 +49,8 @@ class Witnesses:
     """Where the witnesses of the ledger at `ledger` lie; `state` None: beside it alone."""
 
     ledger: Path
-    state: Path | None = None
+    state: Path | None
+    adopt: str  # the command that accepts a loss, for messages
 
     @property
     def beside(self) -> Path:
@@ -70,7 +73,7 @@ class Witnesses:
                     found[file] = witness
         return found
 
-    def write(self, state: State) -> None:
+    def write(self, state: State[Beginning, Spending]) -> None:
         """Make every witness say how far the ledger is. Raises OSError."""
         witness = Witness(
             ledger=state.opened.ledger, path=self.path(), count=state.count, head=state.head
@@ -79,13 +82,13 @@ class Witnesses:
         for file in self.files(state):
             write_atomic(file, data)
 
-    def forget(self, found: Iterable[Path], state: State) -> None:
+    def forget(self, found: Iterable[Path], state: State[Beginning, Spending]) -> None:
         """Remove the witnesses among `found` that are not of the ledger in this state."""
         for file in set(found) - set(self.files(state)):
             file.unlink(missing_ok=True)
             sync_folder(file.parent)
 
-    def files(self, state: State) -> list[Path]:
+    def files(self, state: State[Beginning, Spending]) -> list[Path]:
         """Return the files that a ledger in this state has."""
         if self.state is None:
             return [self.beside]
@@ -95,11 +98,12 @@ class Witnesses:
         """Return the ledger's path as a witness has it."""
         return str(self.ledger.resolve())
 
-    def require(self, state: State, found: dict[Path, Witness]) -> bool:
+    def require(self, state: State[Beginning, Spending], found: dict[Path, Witness]) -> bool:
         """Raise PrivacyError unless every witness saw a beginning of the chain.
 
         Returns whether all of them are there and up to date. One that is missing is accepted if
-        another one is there, or if the ledger has no data set yet.
+        another one is there, or if the ledger is too young
+        to have had any.
         """
         for file, witness in found.items():
             wrong = witness.contradiction(state.opened.ledger, state.heads)
@@ -107,14 +111,14 @@ class Witnesses:
                 raise PrivacyError(
                     f"{self.ledger}: {wrong.format(seen=file)}. Private training stops; restore "
                     "the newest ledger from a backup. If it is lost for good, accept the present "
-                    f"one, which records the loss: {ADOPT}"
+                    f"one, which records the loss: {self.adopt}"
                 )
-        if not found and state.sets:
+        if not found and state.witnessed:
             raise PrivacyError(
                 f"{self.ledger}: the witnesses of this privacy ledger are gone, so nothing says "
                 f"that it is the newest copy. Expected {self.beside}. Private training stops; "
                 f"restore it from a backup, or, sure that no event is missing, accept the ledger "
-                f"as it is: {ADOPT}"
+                f"as it is: {self.adopt}"
             )
         current = [w for w in found.values() if w.head == state.head and w.path == self.path()]
         return len(current) == len(self.files(state))
@@ -126,7 +130,7 @@ class Witnesses:
                 f"{self.ledger}: the privacy ledger is missing, but {file} says that it had "
                 f"{witness.count} events. Private training stops: a new ledger would forget what "
                 "was spent. Restore the ledger from a backup; if it is lost for good, begin a new "
-                f"one that records the loss: {ADOPT}"
+                f"one that records the loss: {self.adopt}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.edge.runtime.files import digest_of, staged, sweep, write_atomic, writing
+from anabranch.storage.files import digest_of, staged, sweep, write_atomic, writing
 
 
 @given(data=st.binary(max_size=300))
@@ -56,6 +57,23 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_write_that_cannot_be_made_durable_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"one")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, b"two")
+
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     with staged(target) as folder:
@@ -95,7 +113,7 @@ def test_a_killed_process_leaves_the_old_file_and_sweep_removes_the_rest(tmp_pat
     write_atomic(path, b"old")
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from anabranch.edge.runtime.files import staged, writing\n"
+        "from anabranch.storage.files import staged, writing\n"
         "with staged(Path(sys.argv[1]) / 'folder') as folder:\n"
         "    (folder / 'a').write_bytes(b'x')\n"
         "    with writing(Path(sys.argv[1]) / 'file') as file:\n"
