@@ -49,11 +49,16 @@ def device_bytes(python: Path) -> int:
 
 def stripped_bytes(python: Path) -> int:
     """Return device_bytes less what docs/edge.md says may be deleted (NOT_LOADED)."""
+    gone = not_loaded(python)
+    return device_bytes(python) - sum(p.stat().st_size for p in gone if p.suffix != ".pyc")
+
+
+def not_loaded(python: Path) -> set[Path]:
+    """Return the files of an interpreter's environment that fit NOT_LOADED."""
     lines = "import sysconfig; print(sysconfig.get_path('purelib'))"
     run = subprocess.run([python, "-c", lines], capture_output=True, text=True, check=True)
     site = Path(run.stdout.strip())
-    gone = {path for pattern in NOT_LOADED for path in site.glob(pattern) if path.is_file()}
-    return device_bytes(python) - sum(p.stat().st_size for p in gone if p.suffix != ".pyc")
+    return {path for pattern in NOT_LOADED for path in site.glob(pattern) if path.is_file()}
 
 
 def import_seconds(python: Path, module: str, repeats: int) -> list[float]:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.edge import install
 from tests.edge.made import TRUSTED, Made
 
 ROOT = Path(__file__).parents[2]
@@ -281,3 +282,19 @@ def test_a_fresh_environment_of_a_newer_python_trains_and_infers(
         losses = arrays[f"{precision}/losses"]
         assert np.isfinite(losses).all()
         assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+    before = install.device_bytes(fresh)
+    removed = install.not_loaded(fresh)
+    for path in removed:
+        path.unlink()
+    (tmp_path / "stripped").mkdir()
+    stripped, _ = work(fresh, made("text"), tmp_path / "stripped", hide=False)
+
+    assert install.device_bytes(fresh) < 0.8 * before
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(stripped[name], array)
+
+
+def test_what_may_be_deleted_is_what_the_guide_lists() -> None:
+    guide = (ROOT / "docs" / "edge.md").read_text()
+    assert [p for p in install.NOT_LOADED if f"site-packages/{p}" not in guide] == []
