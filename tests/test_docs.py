@@ -57,7 +57,8 @@ def test_every_other_line_is_a_target_of_the_makefile_or_runs_elsewhere() -> Non
 def test_every_command_in_the_documents_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    modules = shutil.ignore_patterns("node_modules")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=modules)
     monkeypatch.chdir(tmp_path)
     for arguments in anabranch_commands(by_demo=False):
         assert run(arguments) == 0, (arguments, capsys.readouterr().err)
