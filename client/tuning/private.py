@@ -48,11 +48,11 @@ from anabranch.client.tuning.noisy import Gradients, PrivateStep
 from anabranch.client.tuning.opacus_engine import opacus_gradients
 from anabranch.client.tuning.probe import Probe
 from anabranch.client.tuning.randomness import Randomness
-from anabranch.client.tuning.schedule import learning_rate_factor
 from anabranch.client.tuning.training import make_optimizer
 from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.part import Part
+from anabranch.protocols.schedule import learning_rate_factor
 from anabranch.protocols.spec import LORA_A, LORA_B
 from anabranch.protocols.tables import Engine, Training
 

@@ -26,10 +26,10 @@ from anabranch.client.tuning.active import Active, only
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate, fetch, lengths
 from anabranch.client.tuning.lora import HEAD
-from anabranch.client.tuning.schedule import learning_rate_factor
 from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.errors import RunError
 from anabranch.protocols.part import Part
+from anabranch.protocols.schedule import learning_rate_factor
 from anabranch.protocols.tables import Training
 
 BUCKET = 8  # batches that are sorted by length together: less padding, order still random

@@ -104,25 +104,6 @@ def hold(params: Arrays, start: Arrays, masks: Masks) -> dict[str, Floats]:
     return held
 
 
-def learning_rate_factor(step: int, total: int, training: Training) -> float:
-    """Return the factor in (0, 1] on the learning rate at `step` of `total` of the whole run.
-
-    With w = ⌈warmup × total⌉: (step + 1) / w before step w; then 1 (constant), (total − step) /
-    (total − w) (linear) or (1 + cos(π (step − w) / (total − w))) / 2 (cosine). Raises ValueError
-    unless 0 <= step < total.
-    """
-    if not 0 <= step < total:
-        raise ValueError(f"expected a step in [0, {total}), got {step}")
-    warm = math.ceil(training.warmup * total)
-    if step < warm:
-        return (step + 1) / warm
-    if training.schedule == "linear":
-        return (total - step) / (total - warm)
-    if training.schedule == "cosine":
-        return (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
-    return 1.0
-
-
 def _sgd(
     training: Training,
     name: str,

@@ -20,6 +20,7 @@ from anabranch.edge.runtime.engine import Batch, Engine, Floats, Gradients
 from anabranch.edge.runtime.joint import total
 from anabranch.edge.runtime.state import State
 from anabranch.protocols.errors import DeviceError, PrivacyError
+from anabranch.protocols.schedule import learning_rate_factor
 from anabranch.protocols.spec import Arrays
 from anabranch.protocols.tables import Training
 
@@ -92,7 +93,8 @@ def take_step(fit: Fit, now: State, order: Iterator[Ints], count: int) -> State:
     if fit.private is None and fit.training.max_grad_norm is not None:
         gradients = optimizer.clip(gradients, fit.training.max_grad_norm)
     at = fit.schedule.first_step + now.step
-    rate = optimizer.learning_rate_factor(at, fit.schedule.total_steps, fit.training)
+    training = fit.training
+    rate = learning_rate_factor(at, fit.schedule.total_steps, training.warmup, training.schedule)
     params, moments = optimizer.update(
         fit.training, params, gradients, moments, step=now.step, rate=rate
     )

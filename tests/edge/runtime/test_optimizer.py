@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from anabranch.client.tuning import schedule
 from anabranch.client.tuning.training import make_optimizer
 from anabranch.edge.runtime import optimizer
 from anabranch.protocols.errors import IncompatibleAdapter
@@ -86,27 +85,6 @@ def test_clipping_is_that_of_torch(shapes: Any, seed: int, most: float) -> None:
         optimizer.clip(gradients, most),
         {n: p.grad.numpy() for n, p in theirs.items() if p.grad is not None},
     )
-
-
-@given(
-    st.integers(1, 60),
-    st.floats(0, 0.99),
-    st.sampled_from(["constant", "linear", "cosine"]),
-    st.data(),
-)
-def test_learning_rates_are_those_of_a_site(
-    total: int, warmup: float, kind: Any, data: st.DataObject
-) -> None:
-    step = data.draw(st.integers(0, total - 1))
-    training = Training(warmup=warmup, schedule=kind)
-    expected = schedule.learning_rate_factor(step, total, warmup, kind)
-    assert optimizer.learning_rate_factor(step, total, training) == expected
-
-
-@pytest.mark.parametrize(("step", "total"), [(-1, 5), (5, 5), (0, 0)])
-def test_a_step_outside_the_run_is_refused(step: int, total: int) -> None:
-    with pytest.raises(ValueError, match=rf"a step in \[0, {total}\), got {step}"):
-        optimizer.learning_rate_factor(step, total, Training())
 
 
 # Literal examples

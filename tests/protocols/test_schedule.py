@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.client.tuning.schedule import learning_rate_factor
+from anabranch.protocols.schedule import learning_rate_factor
 
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES: list[Schedule] = ["constant", "linear", "cosine"]
