@@ -44,7 +44,7 @@ from anabranch.protocols.errors import (
 )
 from anabranch.protocols.messages import Assignment, Evaluated, Reason, Refused, Trained
 from anabranch.protocols.part import Part
-from anabranch.protocols.spec import AdapterSpec, shown
+from anabranch.protocols.spec import AdapterSpec, require_same_spec, shown
 from anabranch.protocols.tables import Count, Name, Uplink
 
 FRAME_TYPE = "anabranch.frame/1"
@@ -89,8 +89,8 @@ class SiteLike(Protocol):
     def max_rank(self) -> int | None:
         """The highest LoRA rank it trains; None: any."""
 
-    def records(self, config: RunConfig) -> tuple[Sized, Sized]:
-        """Return (training, held-out) records, or raise DataError."""
+    def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
+        """Return (training, held-out) records to be counted, or raise DataError."""
 
     def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
         """Return what it learned from `adapter`, the delta as one frame."""
@@ -109,23 +109,24 @@ def client_app(site_for: SiteFor) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, context, site_for, _train, "training")
+        return answer(message, context, site_for, _train, "training")
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, context, site_for, _evaluate, "evaluation")
+        return answer(message, context, site_for, _evaluate, "evaluation")
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        return _answer(message, context, site_for, _describe, "the data check")
+        return answer(message, context, site_for, _describe, "the data check")
 
     return app
 
 
-def _answer(
-    message: Message, context: Context, site_for: SiteFor, work: Work, what: str
-) -> Message:
-    """Return what `work` says, or a refusal; the text of an unforeseen error stays here."""
+def answer(message: Message, context: Context, site_for: SiteFor, work: Work, what: str) -> Message:
+    """Return what `work` says, or a refusal; the text of an unforeseen error stays here.
+
+    The one boundary of a site: whatever fails becomes a reply with a reason.
+    """
     name = f"node-{context.node_id}"
     try:
         site = site_for(context)
@@ -155,7 +156,7 @@ def _evaluate(site: SiteLike, content: RecordDict) -> RecordDict:
 
 
 def _describe(site: SiteLike, content: RecordDict) -> RecordDict:
-    train, held_out = site.records(_unpack(content, Describe).config)
+    train, held_out = site.sizes(_unpack(content, Describe).config)
     return _pack(
         Described(
             site=site.name,
@@ -176,9 +177,27 @@ def pack_assignment(assignment: Assignment, frame: bytes) -> RecordDict:
     return _pack(assignment, frame=frame)
 
 
-def pack_trained(trained: Trained, frame: bytes) -> RecordDict:
-    """Return the content of the reply to "train"; `frame` holds the delta."""
-    return _pack(trained, frame=frame, count=trained.num_examples)
+class Handed(RecordDict):
+    """The content of a reply to "train" whose delta is an object, not a frame of bytes.
+
+    For a site that is simulated in the coordinator's own process. The bytes would say the same,
+    in full precision, and are counted as if they had been sent. Nothing that Flower decodes from
+    a network is ever of this type.
+    """
+
+    delta: Delta
+
+
+def pack_trained(trained: Trained, sent: bytes | Delta) -> RecordDict:
+    """Return the content of the reply to "train"; `sent` is the delta's frame.
+
+    A Delta is handed over as it is, and only within one process.
+    """
+    if isinstance(sent, bytes):
+        return _pack(trained, frame=sent, count=trained.num_examples)
+    content = Handed(dict(_pack(trained, count=trained.num_examples)))
+    content.delta = sent
+    return content
 
 
 def pack_evaluated(evaluated: Evaluated) -> RecordDict:
@@ -209,6 +228,8 @@ def unpack_trained(
     """
     if _kind(content) == "refused":
         return _unpack(content, Refused)
+    if isinstance(content, Handed):
+        return _unpack(content, Trained), _handed(content.delta, spec, part, uplink)
     trained, frame = _unpack(content, Trained), _frame(content)
     return trained, wire.decode_delta(frame, spec, part, codec=uplink.codec, keep=uplink.keep)
 
@@ -230,6 +251,8 @@ def unpack_described(content: RecordDict) -> Described | Refused:
 def payload_bytes(content: RecordDict) -> int:
     """Return the bytes of frame and message in a content, without Flower's own overhead."""
     arrays = sum(len(a.data) for record in content.array_records.values() for a in record.values())
+    if isinstance(content, Handed):
+        arrays += wire.size(content.delta)
     values = (v for record in content.config_records.values() for v in record.values())
     return arrays + sum(len(v) for v in values if isinstance(v, bytes))
 
@@ -267,7 +290,8 @@ def _kind(content: RecordDict) -> str:
     kind = record["kind"]
     if not isinstance(kind, str) or kind not in RECORDS:
         raise MalformedMessage(f"expected one of {sorted(RECORDS)}, got {shown(repr(kind))}")
-    if set(content) != RECORDS[kind]:
+    records = set(content) | ({"frame"} if isinstance(content, Handed) else set())
+    if records != RECORDS[kind]:
         raise MalformedMessage(
             f"{kind}: expected records {sorted(RECORDS[kind])}, got {shown(repr(sorted(content)))}"
         )
@@ -290,6 +314,17 @@ def _unpack(content: RecordDict, expected: type[messages.M]) -> messages.M:
         }:
             raise MalformedMessage(f"{kind}: metrics and message differ in num_examples")
     return message
+
+
+def _handed(delta: Delta, spec: AdapterSpec, part: Part, uplink: Uplink) -> Delta:
+    """Return a delta that was handed over, if its frame would be taken."""
+    require_same_spec(spec, delta.spec)
+    if delta.part != part or uplink.codec != "fp32":
+        raise MalformedMessage(
+            f"handed over: expected {shown(str(part), 120)} in {uplink.codec}, got "
+            f"{shown(str(delta.part), 120)} in fp32"
+        )
+    return delta
 
 
 def _frame(content: RecordDict) -> bytes:

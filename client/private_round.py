@@ -8,21 +8,21 @@ as safe to keep as the delta that was sent; without the file it begins again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from anabranch.client.ledger import Ledger, Limit
+from anabranch.client.ledger import Limit
 from anabranch.client.personal import checked_run
-from anabranch.client.privacy import LARGEST_EPSILON, DpPlan, plan_for
+from anabranch.client.privacy import LARGEST_EPSILON, DpPlan, Spend, plan_for
 from anabranch.client.site_file import Budget
-from anabranch.client.tuning.classifier import Classifier
-from anabranch.client.tuning.examples import Examples
-from anabranch.client.tuning.private import fit_private
+from anabranch.client.tuning.private import PrivateFit
+from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.errors import ModelError, PrivacyError
 from anabranch.protocols.messages import Assignment
-from anabranch.protocols.tables import Positive, Privacy
+from anabranch.protocols.tables import Engine, Positive, Privacy
 from anabranch.storage.files import write_atomic
 
 
@@ -32,20 +32,55 @@ class Clipping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     clipping_norm: Positive
 
 
-def train_privately(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrivateRound:
+    """A private round that has been reserved: what it may spend, and from which C it goes on."""
+
+    plan: DpPlan
+    engine: Engine
+    clipping_norm: float | None  # None: the plan's
+    randomness: Randomness | None  # None: a new key from the operating system
+    entry: int  # of the ledger
+    rows: Sequence[bytes]
+    run: str
+    folder: Path
+    ledger: Books
+
+
+class Books(Protocol):
+    """What a private round needs of a ledger (ledger.py; a simulated one in simulations/)."""
+
+    def reserve(
+        self,
+        rows: Sequence[bytes],
+        run: str,
+        round_number: int,
+        spend: Spend,
+        limits: Sequence[Limit] = (),
+    ) -> int:
+        """Write down what training is about to spend, or raise PrivacyError."""
+
+    def settle(self, entry: int, spend: Spend) -> str:
+        """Write down that a round is over; return the head of the chain."""
+
+    def spent(self, rows: Sequence[bytes], delta: float) -> float:
+        """Return the largest ε at `delta` that one of these rows has spent."""
+
+
+def open_round(
     assignment: Assignment,
-    classifier: Classifier,
-    examples: Examples,
     rows: Sequence[bytes],
     *,
     folder: Path,
-    ledger: Ledger,
+    ledger: Books,
     budget: Budget | None,
-) -> dict[str, Any]:
-    """Train one round in place and return what the report says of it. A crash counts as spent.
+    randomness: Randomness | None = None,
+) -> PrivateRound:
+    """Plan a private round and reserve what it spends: a crash from here on counts as spent.
 
-    `rows` are the identities of the examples. Raises PrivacyError, before anything is trained,
-    if the run's budget, or the site's, would be exceeded or the ledger cannot be trusted.
+    `rows` are the identities of the examples; `randomness` is for tests and simulations, whoever
+    knows it knows the noise. Raises PrivacyError, before anything is trained, if the run's
+    budget, or the site's, would be exceeded or the ledger cannot be trusted.
     """
     config = assignment.config
     privacy, steps = config.privacy, config.training.local_steps
@@ -56,31 +91,33 @@ def train_privately(
             f"round {assignment.round} is beyond the {config.federation.rounds} of the run's plan: "
             "nothing is reserved, and nothing is trained"
         )
-    plan = plan_for(privacy, config.training, config.federation.rounds, len(examples))
+    plan = plan_for(privacy, config.training, config.federation.rounds, len(rows))
     norm = _clipping_norm(folder, assignment.run) if plan.clipping == "adaptive" else None
     entry = ledger.reserve(
         rows, assignment.run, assignment.round, plan.spend(steps), limits(privacy, plan, budget)
     )
-    done = fit_private(
-        classifier,
-        examples,
-        plan,
-        config.training,
-        steps=steps,
-        step_offset=(assignment.round - 1) * steps,
-        proximal_mu=config.federation.proximal_mu,
-        part=assignment.part,
-        kept=config.kept,
+    return PrivateRound(
+        plan=plan,
         engine=privacy.engine,
         clipping_norm=norm,
+        randomness=randomness,
+        entry=entry,
+        rows=rows,
+        run=assignment.run,
+        folder=folder,
+        ledger=ledger,
     )
-    head = ledger.settle(entry, done.spend)
+
+
+def close_round(round: PrivateRound, done: PrivateFit) -> dict[str, Any]:
+    """Settle a round that was trained; return what the report says of it."""
+    plan = round.plan
+    head = round.ledger.settle(round.entry, done.spend)
     if plan.clipping == "adaptive":
         after = msgspec.json.encode(Clipping(clipping_norm=done.clipping_norm))
-        write_atomic(_clipping_file(folder, assignment.run), after)
+        write_atomic(_clipping_file(round.folder, round.run), after)
     return {
-        "steps": steps,
-        "epsilon": ledger.spent(rows, plan.delta),
+        "epsilon": round.ledger.spent(round.rows, plan.delta),
         "delta": plan.delta,
         "noise_multiplier": plan.noise_multiplier,
         "sample_rate": plan.sample_rate,

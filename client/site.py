@@ -19,7 +19,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,25 @@ import torch
 
 from anabranch.client import feedback, personal
 from anabranch.client.data.records import Records, load_records, split
-from anabranch.client.ledger import Ledger
+from anabranch.client.local import Learned, Local, train_alone
 from anabranch.client.memory import give_back
-from anabranch.client.private_round import train_privately
-from anabranch.client.site_file import ledger_of, read_site, witness_folder
+from anabranch.client.private_round import Books, PrivateRound, close_round, open_round
+from anabranch.client.site_file import SiteFile, ledger_of, read_site, witness_folder
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
-from anabranch.client.tuning.lora import load_adapter, read_adapter
+from anabranch.client.tuning.lora import load_adapter
 from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.prefix import PrefixCache
-from anabranch.client.tuning.training import Fit, Schedule, fit, predict, steps_per_round
-from anabranch.protocols.adapter import Adapter
+from anabranch.client.tuning.randomness import Randomness
+from anabranch.client.tuning.training import Schedule, predict, steps_per_round
+from anabranch.protocols import wire
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import (
     ConfigError,
     DataError,
     IncompatibleAdapter,
-    ModelError,
     PrivacyError,
     ProtocolError,
     RunError,
@@ -113,9 +115,9 @@ MODELS = Models()
 class Site:
     """One participant. Raises ConfigError for a wrong site.toml, naming the field."""
 
-    def __init__(self, folder: Path, models: Models = MODELS) -> None:
+    def __init__(self, folder: Path, models: Models = MODELS, file: SiteFile | None = None) -> None:
         self.folder = folder
-        self._file = read_site(folder)
+        self._file = read_site(folder) if file is None else file  # given: of a simulated client
         self.name = self._file.name
         self.data = (folder / self._file.data).resolve()
         self._models = models
@@ -128,7 +130,7 @@ class Site:
         return self._file.max_rank
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> Books:
         """Return the site's privacy ledger."""
         return ledger_of(self.folder, self._file)
 
@@ -143,6 +145,10 @@ class Site:
             held = split(records, config.training.holdout, config.seed)
             self._records = {digest: held}
         return held
+
+    def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
+        """Return the (training, held-out) records, which only have to be counted."""
+        return self.records(config)
 
     def _outside(self, error: DataError, config: RunConfig) -> str:
         """Return what the coordinator may read of a broken contract; the log has all of it.
@@ -170,6 +176,20 @@ class Site:
         IncompatibleAdapter (wrong base or shapes), PrivacyError (privacy cannot be established)
         or ModelError (the base model changed, or what the site keeps cannot be read).
         """
+        begun = self.prepare(assignment, adapter)
+        try:
+            learned = train_alone(begun.local)
+        except PrivacyError as error:
+            raise self._outward(error) from error
+        report, sent = self.finish(begun, learned)
+        give_back()
+        return report, sent if isinstance(sent, bytes) else wire.encode(sent)
+
+    def prepare(self, assignment: Assignment, adapter: Adapter) -> Begun:
+        """Return this round's training, ready to begin; a private round is reserved then.
+
+        Raises what `train` does.
+        """
         config, started = assignment.config, time.perf_counter()
         self._require_within_budget(config)
         self._require_one_configuration(assignment)
@@ -177,32 +197,62 @@ class Site:
         self._require_part(assignment, adapter.spec)
         classifier, start = self._shared(assignment, adapter)
         beside = self._private(assignment, adapter)
-        load_adapter(classifier, start)
         features = self._features(config, classifier, train)
         examples = Examples(features, torch.from_numpy(train.labels))
-        done: dict[str, Any]
-        if config.privacy is None:
-            result = self._fit(assignment, classifier, examples)
-            done = {"steps": result.steps, "loss": result.loss}
-        else:
-            done = self._fit_private(assignment, classifier, examples, train.identities())
-        if classifier.compute_base_digest() != adapter.spec.base:
-            raise ModelError("the frozen base changed during training: nothing is sent")
-        after = read_adapter(classifier)
-        delta = after.minus(
-            start, num_examples=len(train), part=assignment.part, steps=done["steps"]
+        steps = self._steps(assignment, len(train))
+        local = Local(
+            name=self.name,
+            classifier=classifier,
+            start=start,
+            examples=examples,
+            training=config.training,
+            steps=steps,
+            schedule=_schedule(assignment, len(train)),
+            seed=round_seed(config.seed, self.name, assignment.round),
+            proximal_mu=config.federation.proximal_mu,
+            part=assignment.part,
+            kept=config.kept,
+            private=self._reserve(assignment, train.identities()) if config.privacy else None,
         )
-        seed = round_seed(config.seed, f"{self.name}/uplink", assignment.round)
-        rng = np.random.default_rng(seed)
-        frame = feedback.send(delta, adapter, config.uplink, rng, self.folder, assignment.run)
+        return Begun(
+            assignment=assignment, adapter=adapter, local=local, beside=beside, started=started
+        )
+
+    def finish(self, begun: Begun, learned: Learned) -> tuple[Trained, Delta | bytes]:
+        """Return the report, and what is sent: the delta, or its frame in the run's codec.
+
+        A delta stands for its frame in full precision, which whoever sends it makes. What the
+        site keeps is written, and a private round is settled, before this returns.
+        """
+        assignment, config, local = begun.assignment, begun.assignment.config, begun.local
+        done: dict[str, Any] = {"steps": learned.steps, "loss": learned.loss}
+        if local.private is not None:
+            done |= self._settle(local.private, learned)
+        delta = learned.after.minus(
+            local.start,
+            num_examples=len(local.examples),
+            part=assignment.part,
+            steps=learned.steps,
+        )
+        sent: Delta | bytes = delta
+        if config.uplink.codec != "fp32" or config.uplink.error_feedback:
+            seed = round_seed(config.seed, f"{self.name}/uplink", assignment.round)
+            rng = np.random.default_rng(seed)
+            sent = feedback.send(
+                delta, begun.adapter, config.uplink, rng, self.folder, assignment.run
+            )
         if config.kept is not None:
-            personal.kept_tensors(self.folder, assignment.run).save(after.only(config.kept))
-        if beside is not None:
-            self._fit_beside(assignment, adapter, beside, examples)
-        give_back()
-        seconds = time.perf_counter() - started
-        report = Trained(site=self.name, num_examples=len(train), seconds=seconds, **done)
-        return report, frame
+            kept = learned.after.only(config.kept)
+            personal.kept_tensors(self.folder, assignment.run).save(kept)
+        if begun.beside is not None:
+            self._fit_beside(assignment, begun.adapter, begun.beside, local.examples)
+        report = Trained(
+            site=self.name,
+            num_examples=len(local.examples),
+            seconds=time.perf_counter() - begun.started,
+            **done,
+        )
+        return report, sent
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Return metrics of `adapter` on the held-out records; refused in a private run.
@@ -321,44 +371,41 @@ class Site:
             self._prepared = {key: (train, features)}
         return features
 
-    def _fit(self, assignment: Assignment, classifier: Classifier, examples: Examples) -> Fit:
-        config = assignment.config
-        steps = steps_per_round(len(examples), config.training)
-        return fit(
-            classifier,
-            examples,
-            config.training,
-            steps=steps,
-            schedule=_schedule(assignment, steps),
-            seed=round_seed(config.seed, self.name, assignment.round),
-            proximal_mu=config.federation.proximal_mu,
-            part=assignment.part,
-            kept=config.kept,
-        )
+    def _steps(self, assignment: Assignment, num_examples: int) -> int:
+        """Return the optimiser steps of this round."""
+        return steps_per_round(num_examples, assignment.config.training)
 
-    def _fit_private(
-        self,
-        assignment: Assignment,
-        classifier: Classifier,
-        examples: Examples,
-        rows: Sequence[bytes],
-    ) -> dict[str, Any]:
-        """Train one private round; an error's text leaves, so it does not say where files lie."""
+    def _reserve(self, assignment: Assignment, rows: Sequence[bytes]) -> PrivateRound:
+        """Plan and reserve a private round; an error's text leaves without the site's paths."""
         try:
-            return train_privately(
+            return open_round(
                 assignment,
-                classifier,
-                examples,
                 rows,
                 folder=self.folder,
                 ledger=self.ledger,
                 budget=self._file.budget,
+                randomness=self._randomness(assignment),
             )
         except PrivacyError as error:
-            if (text := self._without_paths(str(error))) == str(error):
-                raise
-            log.warning("%s: %s", self.name, error)
-            raise PrivacyError(text) from error
+            raise self._outward(error) from error
+
+    def _randomness(self, assignment: Assignment) -> Randomness | None:
+        """Return where the noise of a private round comes from; None: the operating system."""
+        return None
+
+    def _settle(self, round: PrivateRound, learned: Learned) -> dict[str, Any]:
+        assert learned.private is not None  # a private Local is trained privately
+        try:
+            return close_round(round, learned.private)
+        except PrivacyError as error:
+            raise self._outward(error) from error
+
+    def _outward(self, error: PrivacyError) -> PrivacyError:
+        """Return an error that does not say where files lie; the log has all of it."""
+        if (text := self._without_paths(str(error))) == str(error):
+            return error
+        log.warning("%s: %s", self.name, error)
+        return PrivacyError(text)
 
     def _without_paths(self, text: str) -> str:
         folders = {self.folder, self.folder.absolute(), self.folder.resolve()}
@@ -368,7 +415,20 @@ class Site:
         return text
 
 
-def _schedule(assignment: Assignment, steps: int) -> Schedule:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Begun:
+    """A round between `prepare` and `finish`."""
+
+    assignment: Assignment
+    adapter: Adapter  # as it was received
+    local: Local
+    beside: personal.Beside | None
+    started: float  # of time.perf_counter()
+
+
+def _schedule(assignment: Assignment, num_examples: int) -> Schedule:
+    """Return where a round stands in the run, in full rounds of this site."""
+    steps = steps_per_round(num_examples, assignment.config.training)
     return Schedule(
         first_step=(assignment.round - 1) * steps,
         total_steps=assignment.config.federation.rounds * steps,

@@ -1,150 +1,126 @@
-"""One run on one machine: the same coordinator and the same ClientApp on two engines.
+"""One run on one machine or on a cluster: the same coordinator, the same clients, four engines.
 
-    sequential   simulations/grid.py: this process, no server; the default
-    flower       Flower's Simulation Runtime: Ray actors, one process each
+    sequential   simulations/grid.py: one client after another, as a deployed site trains
+    cohort       simulations/virtual_grid.py and cohort/: a round's clients trained together
+    ray          the same cohort engine as Ray actors, over shards of every cohort (ray_actors.py)
+    flower       Flower's Simulation Runtime: Ray actors, one client per call
 
-A third engine needs no code here: a SuperLink and SuperNodes (examples/flower-app). All three
-give the same adapter, because the round engine depends on sites' names only.
+A fifth needs no code here: a SuperLink and SuperNodes (examples/flower-app). All of them give
+the same adapter, because the round engine depends on clients' names only.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from anabranch.client.app import open_site
-from anabranch.client.flower import SiteLike, client_app
+from anabranch.client.flower import SiteFor, SiteLike, client_app
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import AnabranchError, ConfigError, RunError
+from anabranch.protocols.errors import ConfigError
 from anabranch.server.result import Result
 from anabranch.server.rounds import RoundEngine
+from anabranch.simulations.clients import Clients, FolderClients
+from anabranch.simulations.cohort.executor import CohortExecutor
+from anabranch.simulations.flower_runtime import run_in_flower
 from anabranch.simulations.grid import InProcessGrid, quiet
+from anabranch.simulations.virtual_grid import (
+    Executor,
+    Journeys,
+    Tampering,
+    VirtualGrid,
+    one_by_one,
+)
 
-Engine = Literal["sequential", "flower"]
+Engine = Literal["sequential", "cohort", "ray", "flower"]
+VIRTUAL = frozenset({"sequential", "cohort", "ray"})  # engines that know virtual time
 
 
 def run(
     engine: Engine,
     config: RunConfig,
-    sites: Mapping[str, Path],
+    sites: Clients | Mapping[str, Path],
     adapter: Adapter,
     *,
     run_name: str,
     workers: int = 1,
     open_site: Callable[[Path], SiteLike] = open_site,
+    journeys: Journeys | None = None,
+    tampering: Tampering | None = None,
     **rounds: Any,
 ) -> Result:
-    """Return the result of `config` over `sites` (name -> folder), starting from `adapter`.
+    """Return the result of `config` over `sites` (clients, or name -> folder) from `adapter`.
 
-    `workers` clients train at a time; `rounds` is passed on to RoundEngine (evaluate,
-    checkpoint, event, …). With engine "flower", `open_site` must be importable by name, for it
-    is called in other processes.
+    `workers` clients train at a time, or with "cohort" and "ray" so many shards of a cohort.
+    `journeys` puts the run into virtual time, `tampering` puts faults into it. `rounds` is
+    passed on to RoundEngine (evaluate, checkpoint, event, …). With engine "flower" or "ray",
+    what is in `sites`, and `open_site`, must be importable by name.
 
     Raises ConfigError for a wrong engine or no sites, and what RoundEngine raises.
     """
-    if not sites:
-        raise ConfigError("expected at least one site, got none")
-    app = _client_app(sites, open_site)
+    clients = FolderClients(sites, open_site) if isinstance(sites, Mapping) else sites
+    simulated = journeys is not None or tampering is not None
+    if simulated and engine not in VIRTUAL:
+        raise ConfigError(
+            f'engine = "{engine}" runs in real time: devices and faults need one of '
+            f"{', '.join(sorted(VIRTUAL))}"
+        )
 
     def coordinate(grid: Grid, **time: Any) -> Result:
         return RoundEngine(grid, config, run=run_name, **{**rounds, **time}).run(adapter)
 
-    if engine == "sequential":
-        quiet()
-        with InProcessGrid(
-            app, [str(folder) for _, folder in _sorted(sites)], workers=workers
-        ) as grid:
+    quiet()
+    if engine == "sequential" and not simulated:
+        names = [str(i) for i in range(len(clients.names))]
+        with InProcessGrid(_app(clients), names, workers=workers) as grid:
             return coordinate(grid)
     if engine == "flower":
-        return _in_ray(app, len(sites), coordinate, workers)
-    raise ConfigError(f"engine: expected 'sequential' or 'flower', got {engine!r}")
+        return run_in_flower(_app(clients), len(clients.names), coordinate, workers)
+    if engine not in VIRTUAL:
+        raise ConfigError(
+            f"engine: expected 'sequential', 'cohort', 'ray' or 'flower', got {engine!r}"
+        )
+    federation = config.federation
+    executor, close = _executor(engine, clients, workers)
+    try:
+        virtual = VirtualGrid(
+            executor,
+            len(clients.names),
+            journeys=journeys,
+            tampering=tampering,
+            ahead=federation.buffer or federation.cohort,
+        )
+        if not simulated:
+            return coordinate(virtual)
+        return coordinate(virtual, clock=virtual.clock, sleep=virtual.sleep, poll_s=math.inf)
+    finally:
+        close()
 
 
-def _sorted(sites: Mapping[str, Path]) -> list[tuple[str, Path]]:
-    return sorted(sites.items())
+def _executor(
+    engine: Engine, clients: Clients, workers: int
+) -> tuple[Executor, Callable[[], None]]:
+    """Return what answers messages, and what ends it."""
+    if engine == "sequential":
+        return one_by_one(_app(clients)), lambda: None
+    return CohortExecutor(_site_for(clients)), lambda: None
 
 
-def _client_app(sites: Mapping[str, Path], open_site: Callable[[Path], SiteLike]) -> ClientApp:
-    """Return a ClientApp whose partition i is the i-th site by name.
-
-    In Flower's Simulation Runtime a node knows its partition and nothing else.
-    """
-    folders = [folder for _, folder in _sorted(sites)]
+def _site_for(clients: Clients) -> SiteFor:
+    """Return the client of a Flower context: a node knows its partition and nothing else."""
 
     def site_for(context: Context) -> SiteLike:
-        return open_site(folders[int(context.node_config["partition-id"])])
+        return clients.site(int(context.node_config["partition-id"]))
 
-    return client_app(site_for)
-
-
-def _in_ray(
-    app: ClientApp, num_sites: int, coordinate: Callable[..., Result], workers: int
-) -> Result:
-    """Run under `flwr.simulation.run_simulation`: deprecated, but public and in process.
-
-    Its replacement, `flwr run`, leaves a daemon behind.
-    """
-    quiet()
-    from flwr.simulation import run_simulation
-
-    outcome: list[Result | AnabranchError] = []
-    ended = threading.Event()
-    server = ServerApp()
-
-    def sleep(seconds: float) -> None:
-        if ended.wait(seconds):  # no site will ever answer: do not wait for the deadline
-            raise RunError("Flower's Simulation Runtime ended before the run did")
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        try:
-            outcome.append(coordinate(grid, sleep=sleep))
-        except AnabranchError as error:  # Flower would wrap it, and log a traceback
-            outcome.append(error)
-
-    with _quiet_log():
-        try:
-            run_simulation(server, app, num_sites, backend_config=_ray_config(workers))
-        except RuntimeError as error:
-            raise RunError(f"Flower's Simulation Runtime failed: {error.__cause__}") from error
-        finally:
-            ended.set()
-    (result,) = outcome
-    if isinstance(result, AnabranchError):
-        raise result
-    return result
+    return site_for
 
 
-def _ray_config(workers: int) -> dict[str, Any]:
-    """Return one core per client, `workers` at a time, and no log lines from the actors."""
-    return {
-        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        "init_args": {"num_cpus": workers, "log_to_driver": False},
-    }
-
-
-@contextmanager
-def _quiet_log() -> Iterator[None]:
-    """Drop what Flower logs below a warning, and its notice that `run_simulation` is deprecated.
-
-    A command is quiet in a pipe, and the notice is not for our user.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING and "DEPRECATED FEATURE" not in str(record.msg)
-
-    logger = logging.getLogger("flwr")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+def _app(clients: Clients) -> ClientApp:
+    return client_app(_site_for(clients))

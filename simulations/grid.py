@@ -73,7 +73,7 @@ class InProcessGrid(Grid):
         self._app = client_app
         ids = list(node_ids) if node_ids is not None else list(range(1001, 1001 + len(sites)))
         self._run = Run.create_empty(run_id=1)
-        _identify(self._run)
+        identify(self._run)
         self._contexts = {
             node: Context(
                 run_id=self._run.run_id,
@@ -107,7 +107,7 @@ class InProcessGrid(Grid):
     def set_run(self, run: Run) -> None:
         """Take another run's identity, as Flower's runtime does before a ServerApp starts."""
         self._run = run
-        _identify(run)
+        identify(run)
 
     @property
     def run(self) -> Run:
@@ -133,10 +133,10 @@ class InProcessGrid(Grid):
         """Hand every message to its client's queue; return the ids to pull replies by."""
         ids = []
         for message in messages:
-            number = _number(message)
-            ids.append(number)
+            name = number(message)
+            ids.append(name)
             reply: Future[Message] = Future()
-            self._replies[number] = reply
+            self._replies[name] = reply
             self._queue.put(lambda m=message, r=reply: r.set_result(self._handle(m)))  # type: ignore[misc]
         return ids
 
@@ -162,32 +162,43 @@ class InProcessGrid(Grid):
             job()
 
     def _handle(self, message: Message) -> Message:
-        try:
-            context = self._contexts[message.metadata.dst_node_id]
-            reply = self._app(_own_copy(message), context)
-        except Exception as error:  # noqa: BLE001 - as Flower does: a client's error is a reply
-            text = f"{type(error)}:<'{error}'>"
-            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-            reply = Message(Error(code=code, reason=text), reply_to=message)
-        _number(reply)
+        context = self._contexts.get(message.metadata.dst_node_id)
+        if context is None:
+            code = ErrorCode.NODE_UNAVAILABLE
+            reply = Message(Error(code=code, reason="no such node"), reply_to=message)
+        else:
+            reply = answered(self._app, message, context)
+        number(reply)
         return reply
 
 
-def _identify(run: Run) -> None:
+def answered(
+    app: Callable[[Message, Context], Message], message: Message, context: Context
+) -> Message:
+    """Return a ClientApp's reply; its exception becomes an error reply, as Flower does."""
+    try:
+        return app(own_copy(message), context)
+    except Exception as error:  # noqa: BLE001 - as Flower does: a client's error is a reply
+        text = f"{type(error)}:<'{error}'>"
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return Message(Error(code=code, reason=text), reply_to=message)
+
+
+def identify(run: Run) -> None:
     """Say who this process is; a Message cannot be made without it."""
     TaskIdentity.run_id = run.run_id
     TaskIdentity.node_id = SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
 
 
-def _number(message: Message) -> str:
+def number(message: Message) -> str:
     """Give a message the id that a SuperLink would give it."""
     number = str(uuid4())
     message.metadata.__dict__["_message_id"] = number
     return number
 
 
-def _own_copy(message: Message) -> Message:
+def own_copy(message: Message) -> Message:
     """Return the same message around records of its own; arrays' bytes are shared."""
     own = copy(message)
     own.__dict__["_metadata"] = copy(message.metadata)

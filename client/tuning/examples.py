@@ -28,6 +28,38 @@ class Batched(Protocol):
         """Return the features at `indices`, in that order."""
 
 
+class Dense(Sequence[Tensor]):
+    """Features of one shape: rows `at` of one tensor that many clients may share."""
+
+    def __init__(self, data: Tensor, at: Tensor | None = None) -> None:
+        """`data` is (N, …); `at` (n,) int64 says which of its rows these are, None: all."""
+        self.data = data
+        self.at = torch.arange(len(data)) if at is None else at
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices: use take
+        return self.data[self.at[index]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the length of axis 0 of every feature."""
+        return [self.data.shape[1]] * len(self)
+
+    def take(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return the features at `indices`."""
+        return list(self.rows(torch.tensor(list(indices), dtype=torch.int64)))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return the features at `indices` (b,) as one tensor (b, …)."""
+        return self.data.index_select(0, self.at[indices])
+
+    def subset(self, indices: Sequence[int]) -> Dense:
+        """Return the features at `indices` without copying them."""
+        return Dense(self.data, self.at[torch.tensor(list(indices), dtype=torch.int64)])
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """One feature and one label (an index into the task's labels) per record."""

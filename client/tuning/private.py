@@ -86,6 +86,7 @@ def fit_private(
     clipping_norm: float | None = None,
     probe: Probe | None = None,
     generator: torch.Generator | None = None,
+    randomness: Randomness | None = None,
     physical_batch: int = PHYSICAL_BATCH,
 ) -> PrivateFit:
     """Run `steps` steps of DP-SGD in place; on return the adapter is safe to publish under `plan`.
@@ -96,12 +97,15 @@ def fit_private(
     records n, n + 1, …, drawn by the same sampler. Raises PrivacyError, with the adapter as it
     was, if the plan is for other data or fewer steps, a module mixes records, what ran is not
     what was planned, or nothing was trained. Either way the classifier keeps no hooks, no
-    gradients and no replaced function. A `generator` makes batches and noise reproducible and
-    thereby VOIDS the guarantee: it is for tests. `physical_batch` bounds memory and changes no
+    gradients and no replaced function. A `generator`, or a `randomness` that somebody knows, makes
+    batches and noise reproducible and thereby VOIDS the guarantee: it is for tests and simulations
+    (docs/simulation.md). `physical_batch` bounds memory and changes no
     result.
     """
     _require_planned(plan, config, len(examples), steps, step_offset)
-    randomness = Randomness.fresh() if generator is None else Randomness.reproducible(generator)
+    if generator is not None:
+        randomness = Randomness.reproducible(generator)
+    randomness = randomness or Randomness.fresh()
     accountant = PRVAccountant()
     with only(classifier, part, kept) as active:
         try:

@@ -60,7 +60,7 @@ class GatewaySite:
         """Devices train whatever part is asked for."""
         return None
 
-    def records(self, config: RunConfig) -> tuple[Sized, Sized]:
+    def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         """Return as many records as the devices have declared, and none held out.
 
         Raises ConfigError for a run that no gateway can serve, DataError if too few devices

@@ -66,7 +66,7 @@ def test_a_site_describes_trains_and_evaluates() -> None:
 
 def test_a_site_says_in_its_own_words_why_it_refuses() -> None:
     class Unfit(ToySite):
-        def records(self, config: RunConfig) -> Any:
+        def sizes(self, config: RunConfig) -> Any:
             raise DataError("records.csv: 0 rows, at least 1 needed")
 
     app = client_app(lambda context: Unfit("a"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anabranch.client import private_round
+from anabranch.client import local
 from anabranch.client.privacy import epsilon_of
 from anabranch.client.site import Models, Site
 from anabranch.client.tuning.bases import load_classifier
@@ -306,7 +306,7 @@ def test_a_crash_after_the_reserve_is_spent(site: Site, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(private_round, "fit_private", killed)
+        patch.setattr(local, "fit_private", killed)
         with pytest.raises(KeyboardInterrupt):
             train(site, private())
 
@@ -345,7 +345,7 @@ def test_adaptive_clipping_goes_on_where_the_last_round_ended(
         ended.append(done.clipping_norm)
         return done
 
-    monkeypatch.setattr(private_round, "fit_private", watched)
+    monkeypatch.setattr(local, "fit_private", watched)
     config = private(extra=ADAPTIVE)
     for number in (1, 2):
         train(Site(site.folder, Models()), config, number)  # another process each time

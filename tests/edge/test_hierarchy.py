@@ -225,7 +225,7 @@ class Means:
     name: str = "north"
     max_rank: int | None = None
 
-    def records(self, config: RunConfig) -> tuple[Sized, Sized]:
+    def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         return range(sum(COUNTS)), ()
 
     def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:

@@ -96,7 +96,7 @@ def test_two_nodes_of_one_name_are_both_left_out() -> None:
 
 def test_a_site_whose_records_break_the_contract_does_not_take_part() -> None:
     class Empty(ToySite):
-        def records(self, config: RunConfig) -> Any:
+        def sizes(self, config: RunConfig) -> Any:
             raise DataError("records.csv: 0 rows, at least 1 needed")
 
     federation = Federation([ToySite("a"), Empty("b")], run=config(rounds=1))

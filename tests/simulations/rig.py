@@ -70,7 +70,7 @@ class ToySite:
     held_out: int = 4
     max_rank: int | None = None
 
-    def records(self, config: RunConfig) -> tuple[Sequence[int], Sequence[int]]:
+    def sizes(self, config: RunConfig) -> tuple[Sequence[int], Sequence[int]]:
         return range(self.num_examples), range(self.held_out)
 
     def train(self, assignment: Assignment, before: Adapter) -> tuple[Trained, bytes]:

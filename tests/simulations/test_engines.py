@@ -98,7 +98,7 @@ def test_the_order_in_which_sites_are_given_does_not_matter() -> None:
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected 'sequential' or 'flower', got 'spark'"):
+    with pytest.raises(ConfigError, match="expected 'sequential', 'cohort', 'ray' or 'flower', got 'spark'"):
         run_on("spark")  # type: ignore[arg-type]
 
 

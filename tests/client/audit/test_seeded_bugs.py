@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anabranch.client import private_round
+from anabranch.client import local, private_round
 from anabranch.client.audit.evidence import canary_guesses
 from anabranch.client.audit.record import claim_of
 from anabranch.client.privacy import DpPlan, plan_for
@@ -102,7 +102,7 @@ def test_a_fresh_accountant_per_round_is_stopped_by_the_ledger(
     site = Site(write_site(tmp_path / "a", "a", write_table(tmp_path / "a.csv", seed=seed)))
     first = initial_adapter(config)
     monkeypatch.setattr(private_round, "plan_for", _for_one_round)
-    monkeypatch.setattr(private_round, "fit_private", _of_one_round)
+    monkeypatch.setattr(local, "fit_private", _of_one_round)
 
     trained, _ = site.train(Assignment(run="r", round=1, config=config), first)
 

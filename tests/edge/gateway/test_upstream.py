@@ -134,7 +134,7 @@ def test_a_node_that_is_neither_or_both_says_so(node: dict[str, str]) -> None:
 def test_too_few_devices_are_no_client(fleet: Fleet) -> None:
     gateway, _ = fleet(2, min_cohort=3)
     with pytest.raises(DataError, match="2 devices with records have called"):
-        GatewaySite(gateway.folder.folder).records(config_of())
+        GatewaySite(gateway.folder.folder).sizes(config_of())
 
 
 def test_below_the_minimum_cohort_the_answer_is_a_refusal(fleet: Fleet, adapter: Adapter) -> None:

@@ -1,0 +1,103 @@
+"""One site's training in one round as a value: all of it decided, nothing trained yet.
+
+    Site.prepare ─► Local ─► Learned ─► Site.finish
+                       └ train_alone here, or many together in simulations/cohort
+
+Whoever trains gives the same numbers: batches, learning rates, the part and the noise are the
+Local's. So a simulator may train a cohort at once, and everything before and after it (the data
+contract, the ledger, codecs, what a site keeps) is the site's own code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anabranch.client.private_round import PrivateRound
+from anabranch.client.tuning.classifier import Classifier
+from anabranch.client.tuning.examples import Examples
+from anabranch.client.tuning.lora import load_adapter, read_adapter
+from anabranch.client.tuning.private import PrivateFit, fit_private
+from anabranch.client.tuning.training import Schedule, fit
+from anabranch.protocols.adapter import WHOLE, Adapter
+from anabranch.protocols.errors import ModelError
+from anabranch.protocols.part import Part
+from anabranch.protocols.tables import Training
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Local:
+    """What one site is about to train. Locals of one classifier object may be trained together."""
+
+    name: str  # of the site
+    classifier: Classifier  # the frozen base and the place of the adapter, shared by a thread
+    start: Adapter  # the values that training begins from
+    examples: Examples
+    training: Training
+    steps: int  # optimiser steps of this round
+    schedule: Schedule
+    seed: int  # of the order of batches
+    proximal_mu: float = 0.0
+    part: Part = WHOLE
+    kept: Part | None = None
+    private: PrivateRound | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learned:
+    """What came of a Local."""
+
+    after: Adapter
+    steps: int
+    loss: float | None = None  # mean training loss of the last epoch; None in a private round
+    private: PrivateFit | None = None
+
+
+def train_alone(local: Local) -> Learned:
+    """Train one site on its own classifier.
+
+    Raises RunError for a loss that is not finite, PrivacyError if privacy cannot be established,
+    IncompatibleAdapter for a part that is not there, ModelError if the frozen base changed.
+    """
+    load_adapter(local.classifier, local.start)
+    learned = _fit(local) if local.private is None else _fit_private(local, local.private)
+    require_frozen(local.classifier)
+    return learned
+
+
+def require_frozen(classifier: Classifier) -> None:
+    """Raise ModelError if something wrote to a frozen weight."""
+    if classifier.compute_base_digest() != classifier.spec.base:
+        raise ModelError("the frozen base changed during training: nothing is sent")
+
+
+def _fit(local: Local) -> Learned:
+    result = fit(
+        local.classifier,
+        local.examples,
+        local.training,
+        steps=local.steps,
+        schedule=local.schedule,
+        seed=local.seed,
+        proximal_mu=local.proximal_mu,
+        part=local.part,
+        kept=local.kept,
+    )
+    return Learned(after=read_adapter(local.classifier), steps=result.steps, loss=result.loss)
+
+
+def _fit_private(local: Local, round: PrivateRound) -> Learned:
+    done = fit_private(
+        local.classifier,
+        local.examples,
+        round.plan,
+        local.training,
+        steps=local.steps,
+        step_offset=local.schedule.first_step,
+        proximal_mu=local.proximal_mu,
+        part=local.part,
+        kept=local.kept,
+        engine=round.engine,
+        clipping_norm=round.clipping_norm,
+        randomness=round.randomness,
+    )
+    return Learned(after=read_adapter(local.classifier), steps=local.steps, private=done)

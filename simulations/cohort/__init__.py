@@ -1,0 +1,1 @@
+"""The cohort engine: many clients trained together over one frozen base."""

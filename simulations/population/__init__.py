@@ -1,0 +1,1 @@
+"""Who takes part: partitions of records, device classes, traces of availability."""

@@ -1,0 +1,119 @@
+"""A client of a simulated population: a site whose records are rows of one shared data set.
+
+It is there while its round is trained and gone afterwards: a population of any size costs the
+memory of one cohort. What a run makes it keep (error feedback, private adapters, kept tensors)
+goes into a folder of its own under the run folder, made when first needed. Nothing that is spent
+here is charged to a real site's ledger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from anabranch.client.data.records import Records
+from anabranch.client.private_round import Books
+from anabranch.client.site import MODELS, Begun, Models, Site
+from anabranch.client.site_file import SiteFile
+from anabranch.client.tuning.classifier import Classifier
+from anabranch.client.tuning.randomness import Randomness
+from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.messages import Assignment
+from anabranch.protocols.tables import Device, Training
+from anabranch.simulations.population.data import Rows, SharedData
+
+StepLimit = Callable[[str, int, int], int]  # (client, round, planned steps) -> steps it manages
+TrainingOf = Callable[[str, Training], Training]  # (client, the run's) -> its own [training]
+Poisoned = Callable[[str, Records], Records]  # (client, its records) -> what it trains on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conduct:
+    """How a population's clients differ from a site that does as it is told."""
+
+    step_limit: StepLimit | None = None  # partial work: who manages fewer steps
+    training_of: TrainingOf | None = None  # own learning rates, batch sizes, optimisers
+    poisoned: Poisoned | None = None  # what a lying client trains on
+    noise_seed: int | None = None  # private noise that can be drawn again; None: it cannot
+
+
+HONEST = Conduct()
+
+
+class VirtualSite(Site):
+    """One client: rows `train` and `held` of the shared data."""
+
+    def __init__(
+        self,
+        name: str,
+        data: SharedData,
+        train: Rows,
+        held: Rows,
+        *,
+        folder: Path,
+        device: Device = "cpu",
+        max_rank: int | None = None,
+        books: Books | None = None,
+        conduct: Conduct = HONEST,
+        models: Models = MODELS,
+    ) -> None:
+        file = SiteFile(name=name, data="-", device=device, max_rank=max_rank)
+        super().__init__(folder, models, file)
+        self._shared_data, self._train, self._held = data, train, held
+        self._books, self._conduct = books, conduct
+
+    @property
+    def ledger(self) -> Books:
+        """Return the books of this simulation."""
+        assert self._books is not None  # a population with [privacy] has them
+        return self._books
+
+    def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
+        """Return how many (training, held-out) records there are, without making them."""
+        return range(len(self._train)), range(len(self._held))
+
+    def records(self, config: RunConfig) -> tuple[Records, Records]:
+        """Return (training, held-out) records."""
+        records = self._shared_data.records
+        train = records.take(self._train)
+        if self._conduct.poisoned is not None:
+            train = self._conduct.poisoned(self.name, train)
+        return train, records.take(self._held)
+
+    def prepare(self, assignment: Assignment, adapter: Adapter) -> Begun:
+        """Return this round's training as this client does it."""
+        begun = super().prepare(assignment, adapter)
+        of = self._conduct.training_of
+        if of is None:
+            return begun
+        training = of(self.name, begun.local.training)
+        local = dataclasses.replace(begun.local, training=training)
+        return dataclasses.replace(begun, local=local)
+
+    def _features(
+        self, config: RunConfig, classifier: Classifier, train: Records
+    ) -> Sequence[Tensor]:
+        if self._conduct.poisoned is not None:  # its inputs may be others than the shared ones
+            return super()._features(config, classifier, train)
+        return self._shared_data.features(config, classifier, self._train)
+
+    def _steps(self, assignment: Assignment, num_examples: int) -> int:
+        planned = super()._steps(assignment, num_examples)
+        limit = self._conduct.step_limit
+        return planned if limit is None else limit(self.name, assignment.round, planned)
+
+    def _require_one_configuration(self, assignment: Assignment) -> None:
+        """A population lives as long as its run, which has one configuration."""
+
+    def _randomness(self, assignment: Assignment) -> Randomness | None:
+        seed = self._conduct.noise_seed
+        if seed is None:
+            return None
+        text = f"{seed}/{self.name}/{assignment.round}/noise".encode()
+        return Randomness(hashlib.sha256(text).digest())

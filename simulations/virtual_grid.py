@@ -1,0 +1,229 @@
+"""A Flower Grid of simulated clients: a round's requests are answered together, in virtual time.
+
+    push ─► each request gets the time at which its answer is there (journeys), or never
+    pull ─► answers whose time has come; what was not computed yet is computed now, in cohorts
+    sleep ─► virtual time jumps to the next answer, to the next client that comes online, or to the
+             end of the sleep, whichever is first
+
+Any ServerApp and any Flower strategy runs on it, our round engine with `clock` and `sleep` of
+this Grid, so that it waits without waiting. Without journeys every answer is there at once and
+time stands still.
+
+An answer is computed when the first one of its batch is asked for: those after it in the order
+of arrival come along, so that clients are trained together. What nobody asks for is not trained
+at all: who is late, lost or over-selected costs nothing here, whatever it costs there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from anabranch.simulations.grid import answered, identify, number
+
+Executor = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
+
+FIRST_NODE = 1001
+
+
+class Journeys(Protocol):
+    """What lies between the coordinator and its clients, in virtual seconds."""
+
+    def reachable(self, now: float) -> Sequence[int]:
+        """Return the indices of the clients that are connected."""
+
+    def answered_at(self, client: int, message: Message, now: float) -> float | None:
+        """Return when the answer to a message that leaves now will be there; None: never."""
+
+    def next_change(self, now: float) -> float:
+        """Return when somebody connects or leaves next, above `now`; infinity: never."""
+
+
+class Tampering(Protocol):
+    """What is done to messages on their way: faults and attacks (simulations/faults)."""
+
+    def request(self, client: int, message: Message) -> Message:
+        """Return the request as the client gets it."""
+
+    def reply(self, client: int, reply: Message, request: Message) -> list[Message]:
+        """Return the reply as the coordinator gets it: none, one, or more of them."""
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A request under way."""
+
+    order: int
+    client: int
+    message: Message
+    due: float | None  # virtual time; None: never
+    replies: list[Message] | None = None  # None: not computed yet
+
+
+class VirtualGrid(Grid):
+    """`clients` nodes, whose messages `execute` answers.
+
+    `ahead` is how many answers are computed together, the cohort of a run. `node_config` is what
+    a client's context says of it, beside "partition-id" and "num-partitions".
+    """
+
+    def __init__(
+        self,
+        execute: Executor,
+        clients: int,
+        *,
+        journeys: Journeys | None = None,
+        tampering: Tampering | None = None,
+        ahead: int | None = None,
+        node_config: Callable[[int], Mapping[str, str | int | float | bool]] = lambda client: {},
+    ) -> None:
+        if clients < 1:
+            raise ValueError(f"expected clients, got {clients}")
+        self._execute, self._clients, self._journeys = execute, clients, journeys
+        self._tampering, self._ahead, self._node_config = tampering, ahead, node_config
+        self._now = 0.0
+        self._pushed = 0
+        self._pending: dict[str, _Pending] = {}
+        self._contexts: dict[int, Context] = {}  # of clients that keep something in it
+        self._run = Run.create_empty(run_id=1)
+        identify(self._run)
+
+    def clock(self) -> float:
+        """Return the virtual time, in seconds since the beginning."""
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        """Let virtual time pass: until something happens, at most `seconds`."""
+        end = self._now + seconds
+        due = (one.due for one in self._pending.values() if one.due is not None)
+        events = [at for at in due if at > self._now]
+        if self._journeys is not None:
+            events.append(self._journeys.next_change(self._now))
+        at = min(end, *events) if events else end
+        if not math.isfinite(at):
+            raise RuntimeError("the coordinator waits for ever, and nothing is under way")
+        self._now = max(self._now, at)
+
+    def set_run(self, run: Run) -> None:
+        """Take another run's identity, as Flower's runtime does before a ServerApp starts."""
+        self._run = run
+        identify(run)
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message; deprecated by Flower, which still asks every Grid for it."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of the clients that are connected now."""
+        if self._journeys is None:
+            return list(range(FIRST_NODE, FIRST_NODE + self._clients))
+        return [FIRST_NODE + client for client in self._journeys.reachable(self._now)]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages on their way; return the ids to pull replies by."""
+        ids = []
+        for message in messages:
+            name = number(message)
+            ids.append(name)
+            client = message.metadata.dst_node_id - FIRST_NODE
+            due: float | None = self._now
+            if self._journeys is not None:
+                due = self._journeys.answered_at(client, message, self._now)
+            self._pending[name] = _Pending(self._pushed, client, message, due)
+            self._pushed += 1
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies whose time has come, each once, in the order of arrival."""
+        wanted = [(i, self._pending[i]) for i in message_ids if i in self._pending]
+        due = [(i, one) for i, one in wanted if one.due is not None and one.due <= self._now]
+        due.sort(key=lambda pair: (pair[1].due, pair[1].order))
+        for _, one in due:
+            if one.replies is None:
+                self._compute()
+        replies = []
+        for i, _ in due:
+            replies += self._pending.pop(i).replies or []
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Push, wait in virtual time for all replies or until `timeout`, and pull."""
+        ids = self.push_messages(messages)
+        end = math.inf if timeout is None else self._now + timeout
+        while self._now < end:
+            left = [self._pending[i].due for i in ids]
+            if all(at is not None and at <= self._now for at in left):
+                break
+            if math.isinf(end) and all(at is None or at <= self._now for at in left):
+                break  # the others never come
+            self.sleep(end - self._now)
+        return self.pull_messages(ids)
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Drop requests whose answers nobody will pull."""
+        for i in message_ids:
+            self._pending.pop(i, None)
+
+    def _compute(self) -> None:
+        """Compute the next answers in the order of arrival, `ahead` of them."""
+        waiting = [
+            one for one in self._pending.values() if one.replies is None and one.due is not None
+        ]
+        waiting.sort(key=lambda one: (one.due, one.order))
+        batch = waiting[: self._ahead]
+        change = self._tampering
+        requests = [
+            (one.message if change is None else change.request(one.client, one.message))
+            for one in batch
+        ]
+        contexts = [self._context(one.client) for one in batch]
+        answers = self._execute(list(zip(requests, contexts, strict=True)))
+        for one, context, reply in zip(batch, contexts, answers, strict=True):
+            number(reply)
+            one.replies = [reply]
+            if change is not None:
+                one.replies = change.reply(one.client, reply, one.message)
+            if len(context.state):
+                self._contexts[one.client] = context
+
+    def _context(self, client: int) -> Context:
+        held = self._contexts.get(client)
+        if held is not None:
+            return held
+        return Context(
+            run_id=self._run.run_id,
+            node_id=FIRST_NODE + client,
+            node_config={
+                "partition-id": client,
+                "num-partitions": self._clients,
+                **self._node_config(client),
+            },
+            state=RecordDict(),
+            run_config={},
+        )
+
+
+def one_by_one(app: Callable[[Message, Context], Message]) -> Executor:
+    """Return an executor that calls any Flower ClientApp, message by message."""
+
+    return lambda requests: [answered(app, message, context) for message, context in requests]
