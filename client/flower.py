@@ -22,9 +22,10 @@ coordinator as it is; the text of an unforeseen one may hold a record, so only i
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sized
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, cast
 
 import msgspec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -178,25 +179,30 @@ def pack_assignment(assignment: Assignment, frame: bytes) -> RecordDict:
 
 
 class Handed(RecordDict):
-    """The content of a reply to "train" whose delta is an object, not a frame of bytes.
+    """The content of a reply to "train" as objects, not as bytes: it has no records.
 
     For a site that is simulated in the coordinator's own process. The bytes would say the same,
-    in full precision, and are counted as if they had been sent. Nothing that Flower decodes from
-    a network is ever of this type.
+    in full precision, and are counted as if they had been sent; `written` makes them. Nothing
+    that Flower decodes from a network is ever of this type.
     """
 
+    trained: Trained
     delta: Delta
 
+    def written(self) -> RecordDict:
+        """Return the same content as it would travel."""
+        return pack_trained(self.trained, wire.encode(self.delta))
 
-def pack_trained(trained: Trained, sent: bytes | Delta) -> RecordDict:
-    """Return the content of the reply to "train"; `sent` is the delta's frame.
 
-    A Delta is handed over as it is, and only within one process.
-    """
-    if isinstance(sent, bytes):
-        return _pack(trained, frame=sent, count=trained.num_examples)
-    content = Handed(dict(_pack(trained, count=trained.num_examples)))
-    content.delta = sent
+def pack_trained(trained: Trained, frame: bytes) -> RecordDict:
+    """Return the content of the reply to "train"; `frame` holds the delta."""
+    return _pack(trained, frame=frame, count=trained.num_examples)
+
+
+def hand_over(trained: Trained, delta: Delta) -> Handed:
+    """Return the content of the reply to "train" for a coordinator in this process."""
+    content = Handed()
+    content.trained, content.delta = trained, delta
     return content
 
 
@@ -211,7 +217,7 @@ def pack_refused(refused: Refused) -> RecordDict:
 
 
 def unpack_assignment(content: RecordDict) -> tuple[Assignment, Adapter]:
-    """Return the assignment and its adapter.
+    """Return the assignment and its adapter, neither to be changed.
 
     This and every other unpack raises MalformedMessage for a content that no pack makes, and
     IncompatibleAdapter for a frame with another spec or with values that are not finite.
@@ -226,10 +232,10 @@ def unpack_trained(
 
     It must be a delta of exactly `part` of `spec`, written with the codec of `uplink`.
     """
+    if isinstance(content, Handed):
+        return content.trained, _handed(content.delta, spec, part, uplink)
     if _kind(content) == "refused":
         return _unpack(content, Refused)
-    if isinstance(content, Handed):
-        return _unpack(content, Trained), _handed(content.delta, spec, part, uplink)
     trained, frame = _unpack(content, Trained), _frame(content)
     return trained, wire.decode_delta(frame, spec, part, codec=uplink.codec, keep=uplink.keep)
 
@@ -250,9 +256,9 @@ def unpack_described(content: RecordDict) -> Described | Refused:
 
 def payload_bytes(content: RecordDict) -> int:
     """Return the bytes of frame and message in a content, without Flower's own overhead."""
-    arrays = sum(len(a.data) for record in content.array_records.values() for a in record.values())
     if isinstance(content, Handed):
-        arrays += wire.size(content.delta)
+        return wire.size(content.delta) + len(messages.encode(content.trained))
+    arrays = sum(len(a.data) for record in content.array_records.values() for a in record.values())
     values = (v for record in content.config_records.values() for v in record.values())
     return arrays + sum(len(v) for v in values if isinstance(v, bytes))
 
@@ -290,8 +296,7 @@ def _kind(content: RecordDict) -> str:
     kind = record["kind"]
     if not isinstance(kind, str) or kind not in RECORDS:
         raise MalformedMessage(f"expected one of {sorted(RECORDS)}, got {shown(repr(kind))}")
-    records = set(content) | ({"frame"} if isinstance(content, Handed) else set())
-    if records != RECORDS[kind]:
+    if set(content) != RECORDS[kind]:
         raise MalformedMessage(
             f"{kind}: expected records {sorted(RECORDS[kind])}, got {shown(repr(sorted(content)))}"
         )
@@ -303,10 +308,14 @@ def _unpack(content: RecordDict, expected: type[messages.M]) -> messages.M:
     kind, wanted = _kind(content), expected.__name__.lower()
     if kind != wanted:
         raise MalformedMessage(f"expected {wanted!r}, got {kind!r}")
-    text = content.config_records["message"]["json"]
+    text = content["message"]["json"]
     if not isinstance(text, bytes):
         raise MalformedMessage(f"{kind}: expected JSON as bytes, got {type(text).__name__}")
-    message = messages.decode(text, expected)
+    message: messages.M
+    if expected is Describe:
+        message = cast(messages.M, _describe_of(text))
+    else:
+        message = messages.decode(text, expected)
     if "metrics" in content:
         metrics = content["metrics"]
         if not isinstance(metrics, MetricRecord) or dict(metrics) != {
@@ -325,6 +334,12 @@ def _handed(delta: Delta, spec: AdapterSpec, part: Part, uplink: Uplink) -> Delt
             f"{shown(str(delta.part), 120)} in fp32"
         )
     return delta
+
+
+@functools.lru_cache(maxsize=2)
+def _describe_of(text: bytes) -> Describe:
+    """Read an invitation, which every client of a simulated population gets."""
+    return messages.decode(text, Describe)
 
 
 def _frame(content: RecordDict) -> bytes:

@@ -119,10 +119,14 @@ class Site:
         self.folder = folder
         self._file = read_site(folder) if file is None else file  # given: of a simulated client
         self.name = self._file.name
-        self.data = (folder / self._file.data).resolve()
         self._models = models
         self._records: dict[str, tuple[Records, Records]] = {}
         self._prepared: dict[tuple[str, int], tuple[Records, Sequence[torch.Tensor]]] = {}
+
+    @property
+    def data(self) -> Path:
+        """Return the file or folder of the records."""
+        return (self.folder / self._file.data).resolve()
 
     @property
     def max_rank(self) -> int | None:

@@ -36,8 +36,11 @@ class Adapter:
     ) -> Delta:
         """Return what training changed in `part`: self − before."""
         require_same_spec(before.spec, self.spec)
-        now, then = (part.take(self.spec, one.arrays) for one in (self, before))
-        arrays = {name: array - then[name] for name, array in now.items()}
+        if part.whole:
+            arrays = {name: array - before.arrays[name] for name, array in self.arrays.items()}
+        else:
+            now, then = (part.take(self.spec, one.arrays) for one in (self, before))
+            arrays = {name: array - then[name] for name, array in now.items()}
         return Delta(self.spec, arrays, num_examples, part=part, steps=steps)
 
     def plus(self, delta: Delta) -> Adapter:

@@ -123,6 +123,8 @@ def not_finite(value: object, path: str = "") -> str | None:
     match value:
         case float() if not math.isfinite(value):
             return path
+        case RunConfig() if path:  # inside a message: it was checked when it was made
+            return None
         case msgspec.Struct():
             inside = [(name, getattr(value, name)) for name in value.__struct_fields__]
         case dict():
@@ -156,6 +158,7 @@ def _check(config: RunConfig) -> None:
     cohort, quorum = config.federation.cohort, config.federation.quorum
     if cohort is not None and quorum > cohort:
         raise ConfigError(f"federation.quorum: {quorum} deltas from a cohort of {cohort} clients")
+    _check_selection(config)
     if isinstance(training.class_weights, tuple) and len(training.class_weights) != len(labels):
         raise ConfigError(
             f"training.class_weights: expected {len(labels)} numbers, one per label, "
@@ -166,6 +169,25 @@ def _check(config: RunConfig) -> None:
         _check_private(config)
     if config.client_privacy is not None:
         _check_client_private(config.client_privacy, config)
+
+
+def _check_selection(config: RunConfig) -> None:
+    """Refuse choices by speed where there is nothing to choose, or where speed must not count."""
+    federation = config.federation
+    chosen = ("over_selection", federation.over_selection > 0), ("tiers", federation.tiers)
+    for name in (f"federation.{name}" for name, value in chosen if value):
+        if federation.cohort is None:
+            raise ConfigError(f"{name} needs federation.cohort: without it, all clients are asked")
+        if federation.buffer is not None:
+            raise ConfigError(
+                f"{name} does not go with federation.buffer: it waits for nobody in particular. "
+                "Leave one of the two out"
+            )
+        if config.client_privacy is not None:
+            raise ConfigError(
+                f"[client_privacy] does not go with {name}: who is fast enough is no Poisson "
+                f"sample. Leave {name.removeprefix('federation.')} out"
+            )
 
 
 def _check_method(config: RunConfig) -> None:

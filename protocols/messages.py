@@ -6,7 +6,8 @@ JSON beside it. Decoders refuse unknown fields.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+import functools
+from typing import Annotated, Literal, TypeVar, cast
 
 import msgspec
 
@@ -80,6 +81,34 @@ def decode(data: bytes, kind: type[M]) -> M:
     if len(data) > MAX_JSON:
         raise MalformedMessage(f"{kind.__name__}: {len(data)} bytes, at most {MAX_JSON} allowed")
     try:
+        if kind is Assignment:
+            return cast(M, _assignment(data))
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
         raise MalformedMessage(f"{kind.__name__}: {error}") from None
+    except RecursionError:
+        raise MalformedMessage(f"{kind.__name__}: nested too deeply") from None
+
+
+class _Raw(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An Assignment whose configuration has not been read."""
+
+    run: str
+    round: Annotated[int, msgspec.Meta(ge=1)]
+    config: msgspec.Raw
+    part: Part = WHOLE
+
+
+def _assignment(data: bytes) -> Assignment:
+    raw = msgspec.json.decode(data, type=_Raw)
+    try:
+        config = _config(bytes(raw.config))
+    except msgspec.DecodeError:
+        return msgspec.json.decode(data, type=Assignment)  # says where in the message
+    return Assignment(run=raw.run, round=raw.round, config=config, part=raw.part)
+
+
+@functools.lru_cache(maxsize=4)
+def _config(text: bytes) -> RunConfig:
+    """Read a configuration, which is long, and the same in every round of a run."""
+    return msgspec.json.decode(text, type=RunConfig)

@@ -36,6 +36,11 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ranks: tuple[Rank, ...] | None = None  # ascending; None: all of them
     dense: bool = True
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.factors == "both" and self.ranks is None and self.dense
+
     def names(self, spec: AdapterSpec) -> list[str]:
         """Return the names of the tensors of which some values are in this part, ascending."""
         return [name for name, _ in self._indices(spec)]
@@ -45,6 +50,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
         Raises IncompatibleAdapter if a rank index is not in the spec, or the part is empty.
         """
+        if self.whole and spec.tensors:
+            return spec.shapes
         if self.ranks is not None:
             _require_ranks(self.ranks, spec.rank)
         held = 0 if self.ranks is None else len(self.ranks)
@@ -62,6 +69,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def take(self, spec: AdapterSpec, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
         """Return a copy of this part of the spec's full arrays."""
+        if self.whole:
+            return {name: np.array(arrays[name], order="C") for name, _ in spec.tensors}
         return {
             name: np.array(arrays[name][index], order="C") for name, index in self._indices(spec)
         }

@@ -87,7 +87,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def require_same_spec(expected: AdapterSpec, got: AdapterSpec) -> None:
     """Raise IncompatibleAdapter, naming the first difference, unless the specs are equal."""
-    if expected == got:
+    if expected is got or expected == got:
         return
     for field, what in (("base", "base model"), ("tokenizer", "tokenizer")):
         ours, theirs = getattr(expected, field), getattr(got, field)
@@ -109,6 +109,8 @@ def require_same_spec(expected: AdapterSpec, got: AdapterSpec) -> None:
 
 def require_same_shapes(expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:
     """Raise IncompatibleAdapter, naming the first difference, unless the shapes are equal."""
+    if expected == got:
+        return
     for name in sorted(expected.keys() | got.keys()):
         a, b = expected.get(name, "absent"), got.get(name, "absent")
         if a != b:

@@ -87,7 +87,7 @@ def encode(
     """
     if isinstance(value, Adapter):
         return encode_part(value, WHOLE)
-    header = _delta_header(value, codec, keep)
+    header = _delta_header(value, codec, keep, value.spec.digest())
     arrays = checked_shapes(value.part.shapes(value.spec), value.arrays)
     return _frame(header, arrays, codec_for(codec, keep), rng)
 
@@ -96,16 +96,19 @@ def size(delta: Delta) -> int:
     """Return the bytes of a delta's frame in full precision, without making it."""
     values = sum(math.prod(shape) for shape in delta.part.shapes(delta.spec).values())
     return (
-        8 + len(msgspec.json.encode(_delta_header(delta, "fp32", 0.0))) + 4 * values + DIGEST_BYTES
+        8
+        + len(msgspec.json.encode(_delta_header(delta, "fp32", 0.0, "0" * 64)))
+        + 4 * values
+        + DIGEST_BYTES
     )
 
 
-def _delta_header(delta: Delta, codec: CodecName, keep: float) -> _DeltaHeader:
+def _delta_header(delta: Delta, codec: CodecName, keep: float, spec_digest: str) -> _DeltaHeader:
     for name in ("num_examples", "steps"):
         if not 0 <= getattr(delta, name) <= MAX_EXAMPLES:
             raise ValueError(f"{name}: expected 0 to {MAX_EXAMPLES}, got {getattr(delta, name)}")
     return _DeltaHeader(
-        spec=delta.spec.digest(),
+        spec=spec_digest,
         examples=int(delta.num_examples),
         steps=int(delta.steps),
         part=delta.part,

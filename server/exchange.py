@@ -11,7 +11,6 @@ round; one that belongs to none is recorded as late and dropped. Time is an argu
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -86,12 +85,16 @@ class Exchange:
         if question not in self._open:
             self._open.append(question)
         letters = []
+        sizes: dict[int, int] = {}
         for name, content in contents.items():
-            size = payload_bytes(content)
+            size = sizes.get(id(content))
+            if size is None:  # many sites share one content
+                size = sizes[id(content)] = payload_bytes(content)
             question.bytes_down += size
-            peer = question.peers[name]
-            self.count(name, bytes_down=size)
-            self.sites[name] = dataclasses.replace(self.sites[name], max_rank=peer.max_rank)
+            peer, row = question.peers[name], self.sites.get(name, SiteRow())
+            self.sites[name] = msgspec.structs.replace(
+                row, bytes_down=row.bytes_down + size, max_rank=peer.max_rank
+            )
             letters.append((Letter(question.kind, question.round, peer.node, name), content))
         self._mail.send(letters)
 

@@ -11,6 +11,7 @@ A reply is matched by the id of the message it answers, never by its source: err
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -113,6 +114,7 @@ class Mailbox:
         self._grid = grid
         self._ttl = max(float(DEFAULT_TTL), 2 * deadline_s)  # a late reply can still be fetched
         self._open: dict[str, Letter] = {}
+        self._waiting: Counter[int] = Counter()  # node -> open letters
         self._undelivered: list[tuple[Letter, RecordDict | Failure]] = []
 
     def nodes(self) -> set[int]:
@@ -121,7 +123,7 @@ class Mailbox:
 
     def waits_for(self, node: int) -> bool:
         """Whether a letter to this node has not been answered yet."""
-        return any(letter.node == node for letter in self._open.values())
+        return self._waiting[node] > 0
 
     def send(self, letters: Sequence[tuple[Letter, RecordDict]]) -> None:
         """Push the letters; one that Flower does not take comes back as a Failure."""
@@ -133,6 +135,7 @@ class Mailbox:
         for (letter, _), message in zip(letters, pushed, strict=True):
             if message.metadata.message_id in taken:
                 self._open[message.metadata.message_id] = letter
+                self._waiting[letter.node] += 1
             else:
                 failure = Failure("flower", "the message could not be handed to the node")
                 self._undelivered.append((letter, failure))
@@ -144,6 +147,7 @@ class Mailbox:
         for reply in replies:
             letter = self._open.pop(reply.metadata.reply_to_message_id, None)
             if letter is not None:  # else: an answer to nothing that is still open
+                self._waiting[letter.node] -= 1
                 arrived.append((letter, _outcome(letter, reply)))
         return arrived
 

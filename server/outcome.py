@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import msgspec
 
 from anabranch.client.data.records import Records
 from anabranch.client.site import MODELS
@@ -24,10 +26,11 @@ from anabranch.server.series import (
     aggregation_of,
     error_curves,
     metric_curves,
+    population_of,
     site_accuracy,
     site_bars,
 )
-from anabranch.server.statement import PrivacyStatement, RunFacts, SitePrivacy, state
+from anabranch.server.statement import LISTED, PrivacyStatement, RunFacts, SitePrivacy, state
 from anabranch.server.statement_text import as_json
 from anabranch.server.store import RunFolder
 
@@ -54,6 +57,8 @@ class Finished:
     result: Result
     label_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)  # known in simulation
     client_plan: ClientPlan | None = None  # None: that of the configuration
+    listed: bool = True  # False: too many clients to name each; they are counted (`population_of`)
+    withheld: str | None = None  # why nothing is released, whatever there is
 
 
 def conclude(
@@ -93,6 +98,8 @@ def facts_of(finished: Finished) -> RunFacts:
     """
     result, config = finished.result, finished.config
     names = sorted({name for report in result.history for name in report.trained})
+    if config.privacy is not None and not finished.listed:
+        names = sorted(sorted(names, key=lambda one: -(result.sites[one].epsilon or 0))[:LISTED])
     privacy = [] if config.privacy is None else [_spent(name, result) for name in names]
     return RunFacts(
         run=finished.run,
@@ -170,6 +177,7 @@ def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
     that is empty or None. Raises PrivacyError if the run's guarantees cannot be stated.
     """
     result, named = finished.result, finished.config.client_privacy is None
+    sites = result.sites if finished.listed else {}
     return {
         "name": finished.config.name,
         "run": finished.run,
@@ -179,13 +187,14 @@ def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
         "rounds": len(result.history),
         "best_round": result.best_round,
         "epsilon": {
-            name: row.epsilon for name, row in result.sites.items() if row.epsilon is not None
+            name: row.epsilon for name, row in sites.items() if row.epsilon is not None
         },
-        "delta": {name: row.delta for name, row in result.sites.items() if row.delta is not None},
-        "num_examples": {name: row.num_examples for name, row in result.sites.items()},
-        "failures": {name: row.failures for name, row in result.sites.items()},
-        "sites": {name: asdict(row) for name, row in result.sites.items()},
-        "site_accuracy": site_accuracy(result),
+        "delta": {name: row.delta for name, row in sites.items() if row.delta is not None},
+        "num_examples": {name: row.num_examples for name, row in sites.items()},
+        "failures": {name: row.failures for name, row in sites.items()},
+        "sites": {name: msgspec.structs.asdict(row) for name, row in sites.items()},
+        "population": None if finished.listed else population_of(result),
+        "site_accuracy": site_accuracy(result) if finished.listed else {},
         "aggregation": aggregation_of(finished.config),
         "aggregation_error": [r.aggregation_error for r in result.history] if named else [],
         "privacy": as_json(statement_of(finished)),
@@ -226,6 +235,7 @@ def report(
     """Write report.html; `others` are further runs whose curves are drawn beside this one's."""
     config, result = finished.config, finished.result
     hidden = config.client_privacy is not None  # who took part
+    unnamed = hidden or not finished.listed
     named = {_series_name(finished): finished, **(others or {})}
     histories = {name: one.result.history for name, one in named.items()}
     write_report(
@@ -236,12 +246,13 @@ def report(
             comparison=comparison,
             accuracy=metric_curves(histories, "accuracy"),
             loss=metric_curves(histories, "loss"),
-            site_accuracy=at_sites or site_bars({name: one.result for name, one in named.items()}),
+            site_accuracy=at_sites
+            or site_bars({name: one.result for name, one in named.items() if one.listed}),
             aggregation_error={} if hidden else error_curves(histories),
             aggregation=aggregation_of(config),
-            label_counts={} if hidden else finished.label_counts,
+            label_counts={} if unnamed else finished.label_counts,
             failures=None
-            if hidden
+            if unnamed
             else tuple(
                 Failure(round=r.round, site=site, reason=f"{f.reason}: {f.message}")
                 for r in result.history
@@ -255,7 +266,7 @@ def report(
                     if site in r.trained and (epsilon := r.trained[site].epsilon) is not None
                 }
                 for site, row in result.sites.items()
-                if row.epsilon is not None
+                if finished.listed and row.epsilon is not None
             },
             epsilon_target=None if config.privacy is None else config.privacy.epsilon,
             bytes_up={} if hidden else {r.round: r.bytes_up for r in result.history},
@@ -285,6 +296,8 @@ def _release_or_reason(
     finished: Finished, records: Records | None
 ) -> tuple[Release | None, str | None]:
     """Return the release, or None and why there is none."""
+    if finished.withheld is not None:
+        return None, finished.withheld
     if finished.config.kept is not None:
         return None, no_shared_model(finished.config)
     if records is None:

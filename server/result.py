@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import msgspec
 
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.messages import Evaluated, Trained
@@ -37,8 +38,7 @@ class RoundReport:
         return self.coordinator.get("accuracy", self.client.get("accuracy"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiteRow:
+class SiteRow(msgspec.Struct, frozen=True, kw_only=True):
     """One site over the whole run."""
 
     rounds: int = 0  # deltas that counted
@@ -61,12 +61,14 @@ class SiteRow:
     def plus(self, **counts: float) -> SiteRow:
         """Return this row with `counts` added."""
         changed = {name: getattr(self, name) + value for name, value in counts.items()}
-        return dataclasses.replace(self, **changed)
+        return msgspec.structs.replace(self, **changed)
 
     def after(self, trained: Trained) -> SiteRow:
         """Return this row after one more delta that counted."""
-        return dataclasses.replace(
-            self.plus(rounds=1, seconds=trained.seconds),
+        return msgspec.structs.replace(
+            self,
+            rounds=self.rounds + 1,
+            seconds=self.seconds + trained.seconds,
             num_examples=trained.num_examples,
             epsilon=trained.epsilon,
             delta=trained.delta,

@@ -10,13 +10,13 @@ message's metadata, the telemetry switch); a new release of Flower is checked ag
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from copy import copy
 from queue import SimpleQueue
-from uuid import uuid4
 
 from flwr.app import (
     ArrayRecord,
@@ -44,6 +44,7 @@ QUIET = {
 }
 
 
+NUMBERS = itertools.count()
 JOIN_S = 1.0  # an idle thread ends at once
 
 
@@ -193,9 +194,9 @@ def identify(run: Run) -> None:
 
 def number(message: Message) -> str:
     """Give a message the id that a SuperLink would give it."""
-    number = str(uuid4())
-    message.metadata.__dict__["_message_id"] = number
-    return number
+    name = f"message-{next(NUMBERS)}"
+    message.metadata.__dict__["_message_id"] = name
+    return name
 
 
 def own_copy(message: Message) -> Message:

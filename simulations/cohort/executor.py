@@ -8,8 +8,9 @@ sites that cannot prepare a round, go through the client app one by one.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
@@ -19,6 +20,7 @@ from anabranch.client.flower import (
     SiteLike,
     answer,
     client_app,
+    hand_over,
     pack_trained,
     unpack_assignment,
 )
@@ -32,11 +34,11 @@ from anabranch.simulations.cohort.engine import CohortEngine
 log = logging.getLogger(__name__)
 
 TOGETHER = 128  # clients whose records are in memory at once
+TIDY_S = 1.0
 
 Answer = Callable[[Message, Context], Message]
 
 
-@runtime_checkable
 class Preparing(SiteLike, Protocol):
     """A site whose round can be trained by somebody else."""
 
@@ -53,6 +55,7 @@ class CohortExecutor:
     def __init__(self, site_for: SiteFor, engine: CohortEngine | None = None) -> None:
         self.engine = engine or CohortEngine()
         self._site_for = site_for
+        self._tidied = time.monotonic()
         self._app: ClientApp = client_app(site_for)
 
     def __call__(self, requests: Sequence[tuple[Message, Context]]) -> list[Message]:
@@ -64,34 +67,61 @@ class CohortExecutor:
         for at in range(0, len(training), TOGETHER):
             chunk = training[at : at + TOGETHER]
             replies |= zip(chunk, self._train([requests[i] for i in chunk]), strict=True)
+        self._tidy()
         for i, (message, context) in enumerate(requests):
             if i not in replies:
                 replies[i] = self._app(message, context)
         return [replies[i] for i in range(len(requests))]
 
+    def _tidy(self) -> None:
+        """Give memory back now and then: it takes about a millisecond."""
+        if time.monotonic() - self._tidied > TIDY_S:
+            give_back()
+            self._tidied = time.monotonic()
+
     def _train(self, requests: Sequence[tuple[Message, Context]]) -> list[Message]:
-        rounds = [_Round(self._site_for, message, context) for message, context in requests]
+        unpack = _Unpacked()
+        rounds = [_Round(self._site_for, unpack, *request) for request in requests]
         ready = [one for one in rounds if one.begun is not None]
         learned = self.engine.train([one.begun.local for one in ready if one.begun is not None])
         for one, outcome in zip(ready, learned, strict=True):
             one.outcome = outcome
-        replies = [one.reply(self._app) for one in rounds]
-        give_back()
-        return replies
+        return [one.reply(self._app) for one in rounds]
+
+
+def prepares(site: SiteLike) -> TypeGuard[Preparing]:
+    """Whether somebody else can train this site's rounds."""
+    return hasattr(site, "prepare") and hasattr(site, "finish")
+
+
+class _Unpacked:
+    """The assignments of one call: clients of one part share one message, unpacked once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[RecordDict, tuple[Assignment, Adapter]]] = {}
+
+    def __call__(self, message: Message) -> tuple[Assignment, Adapter]:
+        content = message.content
+        held = self._known.get(id(content))
+        if held is None:
+            held = self._known[id(content)] = content, unpack_assignment(content)
+        return held[1]
 
 
 class _Round:
     """One site's round between its request and its reply."""
 
-    def __init__(self, site_for: SiteFor, message: Message, context: Context) -> None:
+    def __init__(
+        self, site_for: SiteFor, unpack: _Unpacked, message: Message, context: Context
+    ) -> None:
         self.message, self.context = message, context
         self.begun: Begun | None = None
         self.outcome: Learned | Exception | None = None
         self.site: SiteLike | None = None
         try:
             self.site = site_for(context)
-            if isinstance(self.site, Preparing):
-                self.begun = self.site.prepare(*unpack_assignment(message.content))
+            if prepares(self.site):
+                self.begun = self.site.prepare(*unpack(message))
         except Exception as error:  # noqa: BLE001 - the boundary of a client: its error is its reply
             self.outcome = error
 
@@ -102,10 +132,13 @@ class _Round:
         def work(site: SiteLike, content: RecordDict) -> RecordDict:
             if isinstance(self.outcome, Exception):
                 raise self.outcome
-            assert isinstance(site, Preparing)
+            assert prepares(site)
             assert self.begun is not None
             assert isinstance(self.outcome, Learned)
-            return pack_trained(*site.finish(self.begun, self.outcome))
+            report, sent = site.finish(self.begun, self.outcome)
+            if isinstance(sent, Delta):
+                return hand_over(report, sent)
+            return pack_trained(report, sent)
 
         return answer(self.message, self.context, self._found, work, "training")
 
