@@ -25,6 +25,9 @@ class Clients(Protocol):
     def site(self, index: int) -> SiteLike:
         """Return a client; it may be made for the call, and is not kept by the engine."""
 
+    def weight(self, index: int) -> float:
+        """Return how much work a client is, in any unit: its records, where they are known."""
+
 
 class FolderClients:
     """Sites with a folder each (client/site.py)."""
@@ -42,3 +45,7 @@ class FolderClients:
     def site(self, index: int) -> SiteLike:
         """Return the site in folder `index`."""
         return self._open(self._folders[index])
+
+    def weight(self, index: int) -> float:
+        """Return 1: how many records are in a folder is not known without reading it."""
+        return 1.0

@@ -2,7 +2,7 @@
 
     sequential   simulations/grid.py: one client after another, as a deployed site trains
     cohort       simulations/virtual_grid.py and cohort/: a round's clients trained together
-    ray          the same cohort engine as Ray actors, over shards of every cohort (ray_actors.py)
+    ray          the same cohort engine as Ray actors, over shards of every cohort, on any cluster
     flower       Flower's Simulation Runtime: Ray actors, one client per call
 
 A fifth needs no code here: a SuperLink and SuperNodes (examples/flower-app). All of them give
@@ -12,26 +12,31 @@ the same adapter, because the round engine depends on clients' names only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from anabranch.client.app import open_site
-from anabranch.client.flower import SiteFor, SiteLike, client_app
+from anabranch.client.flower import SiteLike, client_app
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.tables import Device
 from anabranch.server.result import Result
 from anabranch.server.rounds import RoundEngine
 from anabranch.simulations.clients import Clients, FolderClients
 from anabranch.simulations.cohort.executor import CohortExecutor
+from anabranch.simulations.cohort.ray_actors import ray_workers
+from anabranch.simulations.cohort.shard import Sharded, site_of
+from anabranch.simulations.cohort.workers import local_workers
 from anabranch.simulations.flower_runtime import run_in_flower
 from anabranch.simulations.grid import InProcessGrid, quiet
 from anabranch.simulations.virtual_grid import (
+    Bookkeeping,
     Executor,
     Journeys,
     Tampering,
@@ -51,6 +56,7 @@ def run(
     *,
     run_name: str,
     workers: int = 1,
+    device: Device = "cpu",
     open_site: Callable[[Path], SiteLike] = open_site,
     journeys: Journeys | None = None,
     tampering: Tampering | None = None,
@@ -58,7 +64,8 @@ def run(
 ) -> Result:
     """Return the result of `config` over `sites` (clients, or name -> folder) from `adapter`.
 
-    `workers` clients train at a time, or with "cohort" and "ray" so many shards of a cohort.
+    `workers` clients train at a time; with "cohort" and "ray", so many processes of one thread
+    train shards of a cohort. `device` is where the clients train: "ray" asks for GPUs by it.
     `journeys` puts the run into virtual time, `tampering` puts faults into it. `rounds` is
     passed on to RoundEngine (evaluate, checkpoint, event, …). With engine "flower" or "ray",
     what is in `sites`, and `open_site`, must be importable by name.
@@ -88,39 +95,40 @@ def run(
             f"engine: expected 'sequential', 'cohort', 'ray' or 'flower', got {engine!r}"
         )
     federation = config.federation
-    executor, close = _executor(engine, clients, workers)
-    try:
+    with _executor(engine, clients, config, workers, device) as executor:
         virtual = VirtualGrid(
             executor,
             len(clients.names),
             journeys=journeys,
             tampering=tampering,
             ahead=federation.buffer or federation.cohort,
+            needed=federation.cohort if federation.over_selection else None,
         )
         if not simulated:
             return coordinate(virtual)
-        return coordinate(virtual, clock=virtual.clock, sleep=virtual.sleep, poll_s=math.inf)
-    finally:
-        close()
+        time = {"clock": virtual.clock, "sleep": virtual.sleep, "poll_s": math.inf}
+        if isinstance(journeys, Bookkeeping):
+            told = rounds.get("event", lambda kind, **fields: None)
+            time["event"] = journeys.listening(virtual.clock, told)
+        return coordinate(virtual, **time)
 
 
+@contextmanager
 def _executor(
-    engine: Engine, clients: Clients, workers: int
-) -> tuple[Executor, Callable[[], None]]:
-    """Return what answers messages, and what ends it."""
+    engine: Engine, clients: Clients, config: RunConfig, workers: int, device: Device
+) -> Iterator[Executor]:
+    """Yield what answers messages."""
     if engine == "sequential":
-        return one_by_one(_app(clients)), lambda: None
-    return CohortExecutor(_site_for(clients)), lambda: None
-
-
-def _site_for(clients: Clients) -> SiteFor:
-    """Return the client of a Flower context: a node knows its partition and nothing else."""
-
-    def site_for(context: Context) -> SiteLike:
-        return clients.site(int(context.node_config["partition-id"]))
-
-    return site_for
+        yield one_by_one(_app(clients))
+    elif engine == "ray":
+        with ray_workers(clients, workers, config, device) as actors:
+            yield Sharded(clients, actors)
+    elif workers > 1:
+        with local_workers(clients, workers) as processes:
+            yield Sharded(clients, processes)
+    else:
+        yield CohortExecutor(site_of(clients))
 
 
 def _app(clients: Clients) -> ClientApp:
-    return client_app(_site_for(clients))
+    return client_app(site_of(clients))

@@ -5,6 +5,7 @@
     a local folder                   any Hugging Face encoder, safetensors only
     "owner/name"                     the same from the hub, at the commit in model.revision
     "vit"                            a small random vision transformer (vision.py)
+    "cnn"                            a small random convolutional network (convolution.py)
     "mlp", "logistic"                tables (tables.py)
 
 Model code always comes from the installed transformers, never from the folder or the hub,
@@ -16,9 +17,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import nn
 
 from anabranch.client.data.records import num_features
-from anabranch.client.tuning import tables, vision
+from anabranch.client.tuning import convolution, tables, vision
 from anabranch.client.tuning.classifier import Classifier, weights_digest
 from anabranch.client.tuning.lora import adapt
 from anabranch.client.tuning.text import POOLER, TextClassifier, Tokenizer, can_cut
@@ -46,7 +50,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BUILT_IN = {
     "text-classification": ("minilm",),
-    "image-classification": ("vit",),
+    "image-classification": ("vit", "cnn"),
     "tabular-classification": ("mlp", "logistic"),
 }
 SHARED_BASES = 4  # bases kept in memory for further classifiers, per process
@@ -91,7 +95,7 @@ def load_classifier(
     lora = config.adapter if lora is None else lora
     classifier: Classifier
     if kind == "text-classification":
-        base = _text_base(_text_folder(model), device)
+        base = _LENT.get(_key(model)) or _text_base(_text_folder(model), device)
         assert base.tokenizer is not None  # _text_base made it
         classifier = TextClassifier(
             base.copy(),
@@ -102,9 +106,7 @@ def load_classifier(
             max_tokens=model.max_tokens,
         )
     elif kind == "image-classification":
-        vit = vision.build(model, seed=config.seed)
-        digest = weights_digest(vit.state_dict())
-        classifier = vision.ImageClassifier(vit, model, num_labels=labels, base_digest=digest)
+        classifier = _image_classifier(model, labels, config.seed)
     else:
         hidden = model.hidden if model.base == "mlp" else ()
         lora = lora if model.base == "mlp" else Lora(rank=0)
@@ -119,6 +121,66 @@ def load_classifier(
     classifier.to(device)
     adapt(classifier, lora, seed=config.seed)
     return classifier
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A base for another process: a module without weights, and its weights as arrays.
+
+    Arrays are what object stores share without copies. Whoever trains on it checks the digest.
+    """
+
+    key: str
+    module: nn.Module  # on the device "meta"
+    weights: dict[str, NDArray[Any]]
+    digest: str
+    tokenizer: Tokenizer
+
+
+_LENT: dict[str, Base] = {}  # bases that came from elsewhere, by their [model]
+
+
+def share(model: Model) -> Shared | None:
+    """Return the base of [model] for another process; None for one that is made from a seed."""
+    if any(model.base in names for names in BUILT_IN.values()) and model.base != "minilm":
+        return None
+    base = _LENT.get(_key(model)) or _text_base(_text_folder(model), "cpu")
+    assert base.tokenizer is not None  # _text_base made it
+    tensors = itertools.chain(base.module.named_parameters(), base.module.named_buffers())
+    weights = {name: tensor.detach().numpy() for name, tensor in tensors}
+    empty = base.copy().to("meta")
+    return Shared(_key(model), empty, weights, base.digest, base.tokenizer)
+
+
+def lend(shared: Shared) -> None:
+    """Use a base that came from another process, over the memory that it came in."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensors = {name: torch.from_numpy(array) for name, array in shared.weights.items()}
+    module = copy.deepcopy(shared.module)
+    parameters = dict(module.named_parameters())
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        frozen = nn.Parameter(tensor, requires_grad=False) if name in parameters else tensor
+        setattr(module.get_submodule(owner), leaf, frozen)
+    module.eval().requires_grad_(False)
+    _LENT[shared.key] = Base(module, shared.digest, shared.tokenizer)
+
+
+def _key(model: Model) -> str:
+    return f"{model.base}@{model.revision}"
+
+
+def _image_classifier(model: Model, labels: int, seed: int) -> vision.ImageClassifier:
+    if model.base == "cnn":
+        cnn = convolution.build(model, seed=seed)
+        digest = weights_digest(cnn.state_dict())
+        return convolution.ConvolutionalClassifier(
+            cnn, model, num_labels=labels, base_digest=digest
+        )
+    vit = vision.build(model, seed=seed)
+    digest = weights_digest(vit.state_dict())
+    return vision.TransformerClassifier(vit, model, num_labels=labels, base_digest=digest)
 
 
 def _choices(kind: str) -> str:

@@ -98,7 +98,8 @@ def test_the_order_in_which_sites_are_given_does_not_matter() -> None:
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected 'sequential', 'cohort', 'ray' or 'flower', got 'spark'"):
+    engines = "'sequential', 'cohort', 'ray' or 'flower'"
+    with pytest.raises(ConfigError, match=f"expected {engines}, got 'spark'"):
         run_on("spark")  # type: ignore[arg-type]
 
 
