@@ -56,6 +56,7 @@ __all__ = [  # with what spend.py has for sites and devices alike
     "sampling_rate",
 ]
 
+CACHED = 1 << 14  # results; a simulated population has a plan for every number of records
 EPSILON_ERROR = 0.01  # the accountant's default; part of the upper bound it returns
 MESH_POINTS = 1 << 21  # memory bound of one composition, about 200 MB
 ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), 128.0, 256.0, 512.0)
@@ -146,7 +147,7 @@ def epsilon_of(spends: Iterable[Spend], delta: float) -> float:
     return _bounds(merged(spends), delta)[1]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=CACHED)
 def _bounds(history: History, delta: float) -> tuple[float, float]:
     """Return the accountant's lower and upper bound on ε."""
     if not history:
@@ -256,7 +257,7 @@ def _mesh_error(history: History, delta: float) -> float:
     return max(EPSILON_ERROR, 2 * half / (MESH_POINTS * _mesh_unit(history, delta_error)))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=CACHED)
 def least_noise(target: float, delta: float, sample_rate: float, steps: int) -> float:
     """Return the least σ, to PRECISION, with ε <= target: bracketed, then Brent's method.
 

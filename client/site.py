@@ -19,7 +19,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,26 +197,24 @@ class Site:
         config, started = assignment.config, time.perf_counter()
         self._require_within_budget(config)
         self._require_one_configuration(assignment)
-        train, _ = self.records(config)
+        count = len(self.sizes(config)[0])
         self._require_part(assignment, adapter.spec)
         classifier, start = self._shared(assignment, adapter)
         beside = self._private(assignment, adapter)
-        features = self._features(config, classifier, train)
-        examples = Examples(features, torch.from_numpy(train.labels))
-        steps = self._steps(assignment, len(train))
+        examples, identities = self._training(config, classifier)
         local = Local(
             name=self.name,
             classifier=classifier,
             start=start,
             examples=examples,
             training=config.training,
-            steps=steps,
-            schedule=_schedule(assignment, len(train)),
+            steps=self._steps(assignment, count),
+            schedule=_schedule(assignment, count),
             seed=round_seed(config.seed, self.name, assignment.round),
             proximal_mu=config.federation.proximal_mu,
             part=assignment.part,
             kept=config.kept,
-            private=self._reserve(assignment, train.identities()) if config.privacy else None,
+            private=self._reserve(assignment, identities()) if config.privacy else None,
         )
         return Begun(
             assignment=assignment, adapter=adapter, local=local, beside=beside, started=started
@@ -363,6 +361,14 @@ class Site:
             log.warning("%s leaves its private adapter as it was: %s", self.name, error)
             return
         personal.private_adapter(self.folder, assignment.run).save(own)
+
+    def _training(
+        self, config: RunConfig, classifier: Classifier
+    ) -> tuple[Examples, Callable[[], Sequence[bytes]]]:
+        """Return the training records as `fit` takes them, and what gives their identities."""
+        train, _ = self.records(config)
+        features = self._features(config, classifier, train)
+        return Examples(features, torch.from_numpy(train.labels)), train.identities
 
     def _features(
         self, config: RunConfig, classifier: Classifier, train: Records

@@ -72,12 +72,12 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[model]: the frozen base."""
 
-    base: str  # "minilm", "vit", "mlp", "logistic", a local folder, or a hub id
+    base: str  # "minilm", "vit", "cnn", "mlp", "logistic", a local folder, or a hub id
     revision: str | None = None  # commit hash; required for a hub id
     pooling: Literal["mean", "cls"] = "mean"  # text: tokens -> one vector
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 64
     hidden: tuple[Count, ...] = (32,)  # mlp: widths of the hidden layers
-    image_size: Annotated[int, msgspec.Meta(ge=8, le=32)] = 8  # vit: pixels per side
+    image_size: Annotated[int, msgspec.Meta(ge=8, le=32)] = 8  # vit, cnn: pixels per side
     channels: Literal[1, 3] = 1
     patch: Annotated[int, msgspec.Meta(ge=2, le=8)] = 2
     width: Annotated[int, msgspec.Meta(ge=8)] = 64
@@ -138,6 +138,8 @@ class Federation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weighting: Literal["examples", "uniform"] = "examples"
     cohort: Count | None = None  # clients asked per round; None: all that are connected
     quorum: Count = 1  # deltas needed for a round to count
+    over_selection: NotNegative = 0.0  # ceil(cohort · (1 + o)) are asked, the first cohort count
+    tiers: Annotated[int, msgspec.Meta(ge=2)] | None = None  # TiFL: cohorts of equal speed
     deadline_s: Positive = 3600.0  # per round
     early_stopping: Count | None = None  # stop after so many rounds without a better evaluation
     evaluate_every: Count = 1  # rounds; the last one is always evaluated

@@ -48,6 +48,7 @@ class Buffered:
         self._open: list[Question[Trained]] = []  # by round, until all of it was merged
         self._limits: dict[tuple[int, str], float] = {}  # (round, site) -> its deadline
         self._reported: set[tuple[int, str]] = set()  # failures that a report has named
+        self._connected = False
 
     def merge(
         self, number: int, state: Any, adapter: Adapter
@@ -59,8 +60,9 @@ class Buffered:
         known in this round. Raises RunError as `Synchronous.merge` does.
         """
         exchange = self._exchange
-        if number == 1:
+        if not self._connected:
             exchange.connect(number)
+            self._connected = True
         exchange.roster.retry()
         asked = self._assigner.question(number, adapter.spec)
         self._open.append(asked)

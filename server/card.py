@@ -13,7 +13,7 @@ from anabranch.edge.runtime.manifest import FP32, INT8, File
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import Column
-from anabranch.server.statement import PrivacyStatement, RunFacts, SitePrivacy, state
+from anabranch.server.statement import LISTED, PrivacyStatement, RunFacts, SitePrivacy, state
 from anabranch.server.statement_text import (
     DISCLOSURE_HEAD,
     GROUP_HEAD,
@@ -96,7 +96,9 @@ def privacy_section(statement: PrivacyStatement) -> str:
 
 def _summary(config: RunConfig, facts: RunFacts) -> str:
     kind = config.task.kind.replace("-", " ")
-    who = f"{_count(len(facts.sites), 'site')} ({_cells(facts.sites)})"
+    rest = len(facts.sites) - LISTED
+    named = _cells(facts.sites[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    who = f"{_count(len(facts.sites), 'site')} ({named})"
     if config.client_privacy is not None:  # names would tell who took part
         who = f"clients, drawn from {config.client_privacy.population},"
     return (

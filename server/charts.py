@@ -55,6 +55,18 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """What lies around the line of this name: (x, low, high), x ascending. Raises as Line does."""
+
+    name: str
+    points: tuple[tuple[float, float, float], ...]
+
+    def __post_init__(self) -> None:
+        Line(self.name, tuple((x, low) for x, low, _ in self.points))
+        _require_finite(self.name, [high for _, _, high in self.points])
+
+
+@dataclass(frozen=True)
 class Bars:
     """One named value >= 0 per category; None draws nothing. Raises ValueError for others."""
 
@@ -88,8 +100,12 @@ def line_chart(
     x_title: str = "round",
     limits: Sequence[tuple[str, float]] = (),
     zero: bool = False,
+    bands: Sequence[Band] = (),
+    x_unit: Unit | None = None,
 ) -> Markup:
-    """Draw curves over whole x, each named at its end; `limits` are dashed horizontal lines.
+    """Draw curves, each named at its end; `limits` are dashed horizontal lines.
+
+    x is whole unless it has a unit. `bands` are shaded behind the lines of their names.
 
     Raises ValueError for no line at all, and for limits that are not finite.
     """
@@ -99,6 +115,7 @@ def line_chart(
     ends = [(line.name, line.points[-1][1]) for line in lines] + list(limits)
     ends = [(fit(name, 190), value) for name, value in ends]
     ys = [y for line in lines for _, y in line.points] + [value for _, value in limits]
+    ys += [y for band in bands for _, *edges_ in band.points for y in edges_]
     marks = axis(ys, unit, zero=zero)
     xs = sorted({x for line in lines for x, _ in line.points})
     edges = (xs[0], xs[-1]) if len(xs) > 1 else (xs[0] - 0.5, xs[0] + 0.5)
@@ -113,10 +130,13 @@ def line_chart(
             rule(left, at_y(mark), right, at_y(mark), "grid" if mark != marks[0] else "base")
         )
         body.append(write(left - 8, at_y(mark) + 4, unit.tick(mark), "tick", "end"))
-    for x in ticks(*edges, 10, whole=True) if len(xs) > 1 else xs:
-        body.append(write(at_x(x), bottom + 18, f"{x:g}", "tick", "middle"))
+    for x in ticks(*edges, 10 if x_unit is None else 7, whole=x_unit is None) if xs[1:] else xs:
+        said = f"{x:g}" if x_unit is None else x_unit.tick(x)
+        body.append(write(at_x(x), bottom + 18, said, "tick", "middle"))
     body.append(write((left + right) / 2, bottom + 35, x_title, "axis", "middle"))
     body += [rule(left, at_y(value), right, at_y(value), "kl") for _, value in limits]
+    shades = {line.name: index % SHADES for index, line in enumerate(lines)}
+    body += [_shade(shades[band.name], band, at_x, at_y) for band in bands]
     for index, line in enumerate(lines):
         body += _curve(index, line, at_x, at_y, unit)
     return image(label, height, body + _ends(ends, len(lines), at_y, right, unit))
@@ -247,6 +267,14 @@ def _horizontal(
             kind_ = "value strong" if kind == "strong" else "value"
             body.append(write(at_x(value) + 6, at + thick / 2 + 4, unit.value(value), kind_))
     return body, bottom + 24
+
+
+def _shade(shade: int, band: Band, at_x: Scale, at_y: Scale) -> Markup:
+    """Return the area between the low and the high edge of a band."""
+    upper = [(x, high) for x, _, high in band.points]
+    lower = [(x, low) for x, low, _ in reversed(band.points)]
+    places = [f"{number(at_x(x))} {number(at_y(y))}" for x, y in upper + lower]
+    return element("path", d="M" + "L".join(places) + "Z", class_=f"f{shade}", opacity=0.16)
 
 
 def _curve(index: int, line: Line, at_x: Scale, at_y: Scale, unit: Unit) -> list[Markup]:

@@ -96,7 +96,7 @@ class PoissonCohorts:
 
     def __init__(self, plan: ClientPlan, sample: Callable[[int, float], Iterable[int]]) -> None:
         self._plan, self._sample = plan, sample
-        self._met: set[str] = set()  # every client that was ever connected
+        self.met: set[str] = set()  # every client that was ever connected
 
     def draw(self, connected: Sequence[str]) -> list[str]:
         """Return who of the connected clients is asked, in their order; nobody is an answer.
@@ -104,10 +104,10 @@ class PoissonCohorts:
         A client that is not connected was drawn or not, and does not take part. Raises
         PrivacyError once more than `population` different clients have been connected.
         """
-        self._met.update(connected)
-        if len(self._met) > self._plan.population:
+        self.met.update(connected)
+        if len(self.met) > self._plan.population:
             raise PrivacyError(
-                f"{len(self._met)} clients have been connected, and client_privacy.population = "
+                f"{len(self.met)} clients have been connected, and client_privacy.population = "
                 f"{self._plan.population} fixed how many may be drawn: plan a new run for all of "
                 "them"
             )

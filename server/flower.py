@@ -62,7 +62,8 @@ class Failure:
     """Why a site's answer does not count.
 
     `reason` is a word of protocols.messages.Reason (the site refused), or "deadline" (no answer
-    in time), "flower" (Flower answered in its stead), "rejected" (its answer breaks a rule).
+    in time), "flower" (Flower answered in its stead), "rejected" (its answer breaks a rule),
+    "surplus" (the round had its deltas before; federation.over_selection).
     """
 
     reason: str

@@ -62,9 +62,14 @@ class Finished:
 
 
 def conclude(
-    finished: Finished, *, test: Records | None, validation: Records | None, seconds: float
+    finished: Finished,
+    *,
+    test: Records | None,
+    validation: Records | None,
+    seconds: float,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure, release and report a run; write and return its summary.json.
+    """Measure, release and report a run; write and return its summary.json, with `facts` in it.
 
     `test` and `validation` are the coordinator's own records. The release is checked on the
     first of them that is there; without any, or when the int8 model is refused, the summary
@@ -85,8 +90,10 @@ def conclude(
         "macro_f1": macro_f1,
         "release": None if made is None else release_summary(made),
         "release_refused": refused,
+        **(facts or {}),
     }
-    report(finished, summary=summary, made=made, matrix=matrix)
+    why = f"There is no release: {finished.withheld}." if finished.withheld else ""
+    report(finished, summary=summary, made=made, matrix=matrix, description=why)
     finished.folder.summarise(summary)
     return summary
 
@@ -186,9 +193,7 @@ def summary_of(finished: Finished, *, seconds: float) -> dict[str, Any]:
         "seed": finished.config.seed,
         "rounds": len(result.history),
         "best_round": result.best_round,
-        "epsilon": {
-            name: row.epsilon for name, row in sites.items() if row.epsilon is not None
-        },
+        "epsilon": {name: row.epsilon for name, row in sites.items() if row.epsilon is not None},
         "delta": {name: row.delta for name, row in sites.items() if row.delta is not None},
         "num_examples": {name: row.num_examples for name, row in sites.items()},
         "failures": {name: row.failures for name, row in sites.items()},

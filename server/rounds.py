@@ -10,6 +10,9 @@ is recorded as late and dropped; its site is asked again once it has nothing lef
 What the numbers are is the rule's (server/aggregation/rule.py): it opens the adapter that is
 sent out, says which part each site trains, and merges what comes back.
 
+A round that was merged is kept before its checkpoint is written: a coordinator that is started
+again goes on from there (server/progress.py).
+
 The engine is deterministic: in synchronous rounds deltas are merged in the order of names, so
 equal deltas give the same adapter, bit for bit, however they travelled. Time is an argument.
 """
@@ -19,14 +22,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
 
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.errors import ConfigError, IncompatibleAdapter, RunError
 from anabranch.protocols.messages import Evaluated
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.aggregation.private import ClientPrivate, require_planned
@@ -37,12 +42,16 @@ from anabranch.server.change import update_norm
 from anabranch.server.client_privacy import PoissonCohorts, epsilon_after, plan_of, published
 from anabranch.server.exchange import Events, Exchange
 from anabranch.server.flower import Peer, Question, read_evaluated
-from anabranch.server.result import Result, RoundReport, mean_metrics
+from anabranch.server.progress import Progress
+from anabranch.server.result import Result, RoundReport, SiteRow, mean_metrics
 from anabranch.server.synchronous import Synchronous
 
 
 class RoundEngine:
     """Runs `config.federation` over `grid`; see the module's docstring.
+
+    `progress` is handed what has been done after every merge, and again after its evaluation
+    (server/progress.py); `run` goes on from there in another process.
 
     With [client_privacy], `randomness` draws cohorts and noise: leave it out but for tests, and
     a new key comes from the operating system. Raises ConfigError for tables that need what is
@@ -59,6 +68,7 @@ class RoundEngine:
         randomness: Randomness | None = None,
         evaluate: Callable[[Adapter], Mapping[str, float]] | None = None,
         checkpoint: Callable[[int, Adapter], None] = lambda round, adapter: None,
+        progress: Callable[[Progress], None] = lambda progress: None,
         event: Events = lambda kind, **fields: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -86,7 +96,8 @@ class RoundEngine:
             )
         self._rule: Rule[Any] = rule or rule_for(config, self._plan, secret.normal)
         cohorts = None if self._plan is None else PoissonCohorts(self._plan, secret.sample)
-        self._own_metrics, self._checkpoint = evaluate, checkpoint
+        self._own_metrics, self._checkpoint, self._progress = evaluate, checkpoint, progress
+        self._run, self._cohorts = run, cohorts
         self._exchange = Exchange(
             grid,
             config,
@@ -104,88 +115,188 @@ class RoundEngine:
             else Buffered(self._exchange, self._assigner, federation.buffer)
         )
 
-    def run(self, adapter: Adapter) -> Result:
-        """Return the result of all rounds, starting from `adapter`.
+    def run(self, adapter: Adapter, progress: Progress | None = None) -> Result:
+        """Return the result of all rounds, starting from `adapter`, or going on from `progress`.
 
-        Raises RunError if too few sites connect, a round stays below its quorum, or the rule
-        cannot use a site's rank.
+        A run that goes on after a merge ends with the adapter of one that was never stopped, bit
+        for bit, if its rounds are synchronous and its sites answer the same. A round that was
+        under way is asked again. Deltas that a buffer held are lost, and their sites asked again.
+
+        Raises RunError if too few sites connect, a round stays below its quorum, the rule cannot
+        use a site's rank, what was sent is too large to be merged, or `progress` is of another
+        run.
         """
         started = self._clock()
-        state, adapter = self._rule.init(adapter)
-        history: list[RoundReport] = []
-        best, best_round, best_score = adapter, 0, None
-        for number in range(1, self._config.federation.rounds + 1):
-            adapter, state, report = self._round(number, adapter, state)
-            history.append(report)
-            score = report.score
-            if best_score is None or (score is not None and score > best_score):
-                best, best_round, best_score = adapter, number, score
-            patience = self._config.federation.early_stopping
-            if patience is not None and number - best_round >= patience:
-                self._event("stopped_early", round=number, best_round=best_round)
+        if progress is None:
+            state, adapter = self._rule.init(adapter)
+            now = self._first(adapter, state)
+        else:
+            now = self._resumed(progress)
+
+        def elapsed() -> float:
+            return self._clock() - started + (0.0 if progress is None else progress.seconds)
+
+        while True:
+            if not now.evaluated:
+                now = replace(self._conclude(now), seconds=elapsed())
+                self._progress(now)
+            if self._over(now):
                 break
+            now = replace(self._merge(now), seconds=elapsed())
+            self._progress(now)
         if self._plan is not None:
-            require_planned(self._plan, state.made, len(history))
-        self._event("run_finished", rounds=len(history), best_round=best_round)
-        rows = dict(sorted(self._exchange.sites.items()))
+            require_planned(self._plan, now.state.made, len(now.history))
+        self._event("run_finished", rounds=len(now.history), best_round=now.best_round)
+        rows = now.sites
         result = Result(
-            adapter=adapter,
-            best_adapter=best,
-            best_round=best_round,
-            history=tuple(history),
+            adapter=now.adapter,
+            best_adapter=now.best,
+            best_round=now.best_round,
+            history=now.history,
             sites=rows,
             bytes_up=sum(row.bytes_up for row in rows.values()),
             bytes_down=sum(row.bytes_down for row in rows.values()),
-            seconds=self._clock() - started,
+            seconds=elapsed(),
         )
         return result if self._plan is None else published(result)
 
-    def _round(self, number: int, adapter: Adapter, state: Any) -> tuple[Adapter, Any, RoundReport]:
-        started, federation, rule = self._clock(), self._config.federation, self._rule
-        sent = rule.open(state, adapter, number)
-        state, merged, training = self._sites.merge(number, state, sent)
+    def _first(self, adapter: Adapter, state: Any) -> Progress:
+        """Return a run of which nothing has been done yet."""
+        return Progress(
+            run=self._run,
+            config=self._config.digest(),
+            adapter=adapter,
+            state=state,
+            best=adapter,
+            sites={},
+        )
+
+    def _resumed(self, progress: Progress) -> Progress:
+        """Take over what an earlier process has done; RunError if it is of another run."""
+        mine = (self._run, self._config.digest())
+        if (progress.run, progress.config) != mine:
+            raise RunError(
+                f"run {mine[0]} of configuration {mine[1][:12]}… cannot go on from round "
+                f"{progress.round} of run {progress.run} of configuration "
+                f"{progress.config[:12]}…: give it the progress and the run.toml of one run"
+            )
+        self._exchange.sites.update(progress.sites)
+        if self._cohorts is not None:
+            self._cohorts.met.update(progress.met)
+        if isinstance(self._sites, Synchronous):
+            self._sites.latencies.times.update(progress.latencies)
+        self._event("restarted", round=progress.round, evaluated=progress.evaluated)
+        if not progress.evaluated and self._asks_clients:
+            self._meet()
+        return progress
+
+    def _meet(self) -> None:
+        """Learn who is connected: a new process asks sites to evaluate before any has trained."""
+        exchange, roster = self._exchange, self._exchange.roster
+
+        def settled() -> bool:
+            roster.invite()
+            return roster.settled()
+
+        exchange.until(settled, self._clock() + exchange.connect_s)
+
+    def _over(self, now: Progress) -> bool:
+        """Whether no round is left, or patience is at its end."""
+        patience = self._config.federation.early_stopping
+        if patience is not None and now.round and now.round - now.best_round >= patience:
+            self._event("stopped_early", round=now.round, best_round=now.best_round)
+            return True
+        return now.round >= self._config.federation.rounds
+
+    def _merge(self, now: Progress) -> Progress:
+        """Let sites train, and merge what they send: the next round, without its evaluation."""
+        number, started, rule = now.round + 1, self._clock(), self._rule
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # Adapter refuses what is not finite
+                sent = rule.open(now.state, now.adapter, number)
+                state, merged, training = self._sites.merge(number, now.state, sent)
+        except (IncompatibleAdapter, np.linalg.LinAlgError) as reason:
+            raise RunError(
+                f"round {number}: what the sites sent cannot be merged: {reason}. The norm of each "
+                "delta is in its site_trained event: leave out who sends the largest, or set "
+                "[robust]"
+            ) from reason
         if self._plan is not None:
             self._noised(number, state)
-        self._checkpoint(number, merged.adapter)
-        moved = update_norm(sent, merged.adapter, regauged=rule.regauges)
         error = merged.error if merged.error is None or math.isfinite(merged.error) else None
-        self._event(
-            "round_aggregated",
-            round=number,
-            method=rule.name,
-            sites=sorted(training.reports),
-            ages=training.ages,
-            num_examples=merged.num_examples,
-            update_norm=moved,
-            aggregation_error=error,
-            bytes_up=training.bytes_up,
-            bytes_down=training.bytes_down,
-            seconds=self._clock() - started,
-        )
-        due = number % federation.evaluate_every == 0 or number == federation.rounds
-        testing = self._evaluate(number, merged.adapter, due)
-        own = dict(self._own_metrics(merged.adapter)) if due and self._own_metrics else {}
         report = RoundReport(
             round=number,
             asked=tuple(sorted(training.peers)),
             trained=training.reports,
             failed=training.failed,
             method=rule.name,
-            update_norm=moved,
+            update_norm=update_norm(sent, merged.adapter, regauged=rule.regauges),
             aggregation_error=error,
             delta_norms=training.norms,
             ages=training.ages,
+            evaluated={},
+            client={},
+            coordinator={},
+            bytes_up=training.bytes_up,
+            bytes_down=training.bytes_down,
+            seconds=self._clock() - started,
+        )
+        return replace(
+            now,
+            round=number,
+            adapter=merged.adapter,
+            state=state,
+            history=(*now.history, report),
+            evaluated=False,
+            num_examples=merged.num_examples,
+            sites=self._rows(),
+            met=frozenset() if self._cohorts is None else frozenset(self._cohorts.met),
+            latencies={}
+            if isinstance(self._sites, Buffered)
+            else dict(self._sites.latencies.times),
+        )
+
+    def _conclude(self, now: Progress) -> Progress:
+        """Write the checkpoint of a merged round, announce it, and evaluate its adapter."""
+        number, report, started = now.round, now.history[-1], self._clock()
+        self._checkpoint(number, now.adapter)
+        self._event(
+            "round_aggregated",
+            round=number,
+            method=report.method,
+            sites=sorted(report.trained),
+            ages=report.ages,
+            num_examples=now.num_examples,
+            update_norm=report.update_norm,
+            aggregation_error=report.aggregation_error,
+            bytes_up=report.bytes_up,
+            bytes_down=report.bytes_down,
+            seconds=report.seconds,
+        )
+        federation = self._config.federation
+        due = number % federation.evaluate_every == 0 or number == federation.rounds
+        testing = self._evaluate(number, now.adapter, due)
+        own = dict(self._own_metrics(now.adapter)) if due and self._own_metrics else {}
+        report = replace(
+            report,
             evaluated=testing.reports,
             client=mean_metrics(testing.reports.values()),
             coordinator=own,
-            bytes_up=training.bytes_up + testing.bytes_up,
-            bytes_down=training.bytes_down + testing.bytes_down,
-            seconds=self._clock() - started,
+            bytes_up=report.bytes_up + testing.bytes_up,
+            bytes_down=report.bytes_down + testing.bytes_down,
+            seconds=report.seconds + self._clock() - started,
         )
         self._event(
             "round_evaluated", round=number, client=report.client, coordinator=report.coordinator
         )
-        return merged.adapter, state, report
+        now = replace(now, history=(*now.history[:-1], report), evaluated=True, sites=self._rows())
+        score = report.score
+        if now.best_score is None or (score is not None and score > now.best_score):
+            return replace(now, best=now.adapter, best_round=number, best_score=score)
+        return now
+
+    def _rows(self) -> dict[str, SiteRow]:
+        return dict(sorted(self._exchange.sites.items()))
 
     def _noised(self, number: int, state: ClientPrivate[Any]) -> None:
         """Check the round's noise against the plan before anything of it is written."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import Federation
 from anabranch.server.result import Result, RoundReport
 
 Histories = Mapping[str, Sequence[RoundReport]]  # series -> its rounds
@@ -18,14 +20,30 @@ def aggregation_of(config: RunConfig) -> dict[str, str]:
     share = f", {uplink.keep:g} of the values" if uplink.codec == "top-k" else ""
     return {
         "method": config.method,
-        "merged": "every round's cohort"
-        if federation.buffer is None
-        else f"as soon as {federation.buffer} deltas are there",
+        "merged": _merged(federation),
         "weights": _weights(config),
         "robust rule": "none" if config.robust is None else config.robust.rule,
         "server optimiser": "none" if config.server is None else config.server.optimizer,
         "codec": f"{uplink.codec}{share}{feedback}",
         "kept at the sites": _kept(config),
+    }
+
+
+def population_of(result: Result) -> dict[str, Any]:
+    """Return what summary.json says of clients that are too many to be named: sums and maxima."""
+    rows = result.sites.values()
+    known = [row.epsilon for row in rows if row.epsilon is not None]
+    return {
+        "clients": len(rows),  # that were asked or heard
+        "trained": sum(row.rounds > 0 for row in rows),
+        "num_examples": sum(row.num_examples for row in rows),
+        "deltas": sum(row.rounds for row in rows),
+        "failures": sum(row.failures for row in rows),
+        "late": sum(row.late for row in rows),
+        "stale": sum(row.stale for row in rows),
+        "training_seconds": sum(row.seconds for row in rows),
+        "epsilon": max(known, default=None),
+        "delta": max((row.delta for row in rows if row.delta is not None), default=None),
     }
 
 
@@ -77,6 +95,18 @@ def error_curves(histories: Histories) -> dict[str, dict[int, float]]:
         for name, history in histories.items()
     }
     return {name: curve for name, curve in curves.items() if curve}
+
+
+def _merged(federation: Federation) -> str:
+    if federation.buffer is not None:
+        return f"as soon as {federation.buffer} deltas are there"
+    tiers = f", drawn from {federation.tiers} tiers of equal speed" if federation.tiers else ""
+    if federation.over_selection:
+        return (
+            f"the first {federation.cohort} deltas, {federation.over_selection:.0%} more asked"
+            + tiers
+        )
+    return "every round's cohort" + tiers
 
 
 def _weights(config: RunConfig) -> str:

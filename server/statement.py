@@ -36,6 +36,7 @@ from anabranch.server.aggregation.private import ClientPlan
 from anabranch.server.disclosures import Disclosure, disclosures
 
 GROUPS = (2, 5)  # records of one person whose cost is stated
+LISTED = 50  # sites that are named; of a larger simulated population those that spent most
 GROUP_SITES = 8  # sites whose group costs are computed: seconds each
 LOSS_INTERVAL = 0.02  # of the privacy loss, rounded up: ε is at most some hundredths larger
 WEAK = 20.0  # ε beyond which larger groups are not computed: it takes gigabytes, for nothing

@@ -1,4 +1,4 @@
-"""Rounds in step: a cohort is asked, and all of it is waited for.
+"""Rounds in step: a cohort is asked, and all of it is waited for, or the first K deltas.
 
     wait for sites ─► draw a cohort ─► train ─► deltas in the order of names
          │                              │
@@ -8,11 +8,16 @@
 Cohorts are drawn from (seed, round) over the sites' names. In a client-private run they are
 Poisson samples from a secret stream, and there is no quorum: a round's size must decide nothing,
 so few deltas, or none, are a round as any other, of the same noise.
+
+With `federation.over_selection` more sites are asked than are needed. The first K deltas to
+arrive count; whoever comes later is late, and dropped. With `federation.tiers` cohorts are drawn
+among sites of like speed. Both let time decide who counts (server/selection.py); given who does,
+the merge is as deterministic as without them: in the order of names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +30,11 @@ from anabranch.server.aggregation.rule import Merged
 from anabranch.server.assigning import Assigner
 from anabranch.server.client_privacy import PoissonCohorts
 from anabranch.server.exchange import Exchange
-from anabranch.server.flower import Peer, Question
+from anabranch.server.flower import Failure, Peer, Question
+from anabranch.server.selection import Latencies, asked_for, draw, draw_tier, tiers
+
+SURPLUS = "surplus"  # the reason of a site that was asked, and not needed
+SILENT = frozenset({"deadline", SURPLUS})  # it takes at least as long as it was waited for
 
 
 class Synchronous:
@@ -36,6 +45,8 @@ class Synchronous:
     ) -> None:
         self._exchange, self._assigner, self._private = exchange, assigner, private
         self._config = exchange.config
+        self.latencies = Latencies()
+        self._measured: tuple[int, set[str]] = (0, set())  # the round, and who was measured in it
 
     def merge(
         self, number: int, state: Any, adapter: Adapter
@@ -56,13 +67,20 @@ class Synchronous:
     def _drawn(self, number: int, peers: Mapping[str, Peer]) -> dict[str, Peer]:
         if self._private is not None:
             return {name: peers[name] for name in self._private.draw(list(peers))}
-        size = self._config.federation.cohort
+        federation, names = self._config.federation, list(peers)
+        size = federation.cohort
         if size is None or size >= len(peers):
             return dict(peers)
         rng = np.random.default_rng([self._config.seed, number])
-        drawn = rng.choice(len(peers), size=size, replace=False)
-        names = list(peers)
-        return {names[i]: peers[names[i]] for i in sorted(drawn)}
+        asked = asked_for(size, federation.over_selection)
+        if federation.tiers is None:
+            chosen = draw(names, size, asked - size, rng)
+        else:
+            means = self.latencies.means(names)
+            groups = tiers(means, federation.tiers, asked)
+            unmeasured = [name for name in names if name not in means]
+            chosen = draw_tier(names, [*groups, unmeasured], asked, rng)
+        return {name: peers[name] for name in chosen}
 
     def _deltas(self, question: Question[Trained]) -> Iterator[Delta]:
         """Yield the round's deltas in the order of names, each as soon as its turn has come.
@@ -70,18 +88,73 @@ class Synchronous:
         A delta that is ahead of its turn waits; one that was summed is let go. At the end, and
         so through the rule that consumes this, RunError if the quorum is not reached.
         """
-        exchange = self._exchange
-        deadline = exchange.clock() + self._config.federation.deadline_s
+        exchange, federation = self._exchange, self._config.federation
+        started = exchange.clock()
+        deadline = started + federation.deadline_s
+        if federation.over_selection and federation.cohort is not None:
+            self._wait_for_first(question, federation.cohort, started, deadline)
         for name in question.peers:
-            exchange.until(partial(question.heard, name), deadline)
+            self._until(question, partial(question.heard, name), started, deadline)
             if name in question.deltas:
                 yield question.deltas.pop(name)
             else:
                 exchange.miss(question, name)
         exchange.close(question)
+        self._measure(
+            question, [n for n, f in question.failed.items() if f.reason in SILENT], started
+        )
         for name, trained in question.reports.items():
             exchange.sites[name] = exchange.sites[name].after(trained)
         if self._private is not None:
             return
-        if len(question.reports) < self._config.federation.quorum:
+        if len(question.reports) < federation.quorum:
             raise RunError(exchange.below_quorum(question))
+
+    def _wait_for_first(
+        self, question: Question[Trained], size: int, started: float, deadline: float
+    ) -> None:
+        """Wait until `size` deltas are there; then nobody else is waited for."""
+        exchange = self._exchange
+
+        def enough() -> bool:
+            heard = len(question.reports) + len(question.failed)
+            return len(question.reports) >= size or heard == len(question.peers)
+
+        self._until(question, enough, started, deadline)
+        if len(question.reports) < size:
+            return
+        for name in list(question.reports)[size:]:  # in the order of arrival
+            for held in (question.reports, question.deltas, question.norms):
+                del held[name]
+            exchange.count(name, late=1)
+            exchange.event("site_late", site=name, round=question.round, asked=question.kind)
+        for name in [name for name in question.peers if not question.heard(name)]:
+            question.failed[name] = Failure(SURPLUS, f"{size} deltas were there before its own")
+            exchange.event("site_surplus", site=name, round=question.round)
+
+    def _until(
+        self,
+        question: Question[Trained],
+        done: Callable[[], bool],
+        started: float,
+        deadline: float,
+    ) -> None:
+        """Listen until `done()` or the deadline; with tiers, note how long each answer took."""
+
+        def look() -> bool:
+            self._measure(question, question.reports, started)
+            return done()
+
+        self._exchange.until(look, deadline)
+
+    def _measure(self, question: Question[Trained], sites: Iterable[str], started: float) -> None:
+        """Take the time of these sites' answers, each once in a round."""
+        if self._config.federation.tiers is None:
+            return
+        if self._measured[0] != question.round:
+            self._measured = question.round, set()
+        seconds = self._exchange.clock() - started
+        for name in sites:
+            if name not in self._measured[1]:
+                self._measured[1].add(name)
+                self.latencies.take(name, seconds)

@@ -12,7 +12,7 @@ the same adapter, because the round engine depends on clients' names only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +29,14 @@ from anabranch.protocols.tables import Device
 from anabranch.server.result import Result
 from anabranch.server.rounds import RoundEngine
 from anabranch.simulations.clients import Clients, FolderClients
+from anabranch.simulations.cohort.engine import CohortEngine
 from anabranch.simulations.cohort.executor import CohortExecutor
+from anabranch.simulations.cohort.precision import BaseDtype
 from anabranch.simulations.cohort.ray_actors import ray_workers
 from anabranch.simulations.cohort.shard import Sharded, site_of
 from anabranch.simulations.cohort.workers import local_workers
+from anabranch.simulations.faults.plan import Restart
+from anabranch.simulations.faults.restarts import run_restarting, waiting
 from anabranch.simulations.flower_runtime import run_in_flower
 from anabranch.simulations.grid import InProcessGrid, quiet
 from anabranch.simulations.virtual_grid import (
@@ -57,31 +61,48 @@ def run(
     run_name: str,
     workers: int = 1,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "fp32",
     open_site: Callable[[Path], SiteLike] = open_site,
     journeys: Journeys | None = None,
     tampering: Tampering | None = None,
+    restarts: Sequence[Restart] = (),
     **rounds: Any,
 ) -> Result:
     """Return the result of `config` over `sites` (clients, or name -> folder) from `adapter`.
 
     `workers` clients train at a time; with "cohort" and "ray", so many processes of one thread
     train shards of a cohort. `device` is where the clients train: "ray" asks for GPUs by it.
-    `journeys` puts the run into virtual time, `tampering` puts faults into it. `rounds` is
-    passed on to RoundEngine (evaluate, checkpoint, event, …). With engine "flower" or "ray",
-    what is in `sites`, and `open_site`, must be importable by name.
+    `base_dtype = "bf16"` multiplies frozen weights in bfloat16 ("cohort" and "ray";
+    cohort/precision.py says what that costs and brings).
+    `journeys` puts the run into virtual time, `tampering` and `restarts` put faults into it
+    (simulations/faults). `rounds` is passed on to RoundEngine (evaluate, checkpoint, event, …).
+    With engine "flower" or "ray", what is in `sites`, and `open_site`, must be importable by name.
 
     Raises ConfigError for a wrong engine or no sites, and what RoundEngine raises.
     """
     clients = FolderClients(sites, open_site) if isinstance(sites, Mapping) else sites
-    simulated = journeys is not None or tampering is not None
+    simulated = journeys is not None or tampering is not None or bool(restarts)
     if simulated and engine not in VIRTUAL:
         raise ConfigError(
             f'engine = "{engine}" runs in real time: devices and faults need one of '
             f"{', '.join(sorted(VIRTUAL))}"
         )
 
+    if base_dtype != "fp32" and engine not in ("cohort", "ray"):
+        raise ConfigError(
+            f'base_dtype = "{base_dtype}" is for engine "cohort" or "ray", not "{engine}"'
+        )
+
     def coordinate(grid: Grid, **time: Any) -> Result:
-        return RoundEngine(grid, config, run=run_name, **{**rounds, **time}).run(adapter)
+        settings = {**rounds, **time}
+        if not restarts:
+            return RoundEngine(grid, config, run=run_name, **settings).run(adapter)
+
+        def make(**hooks: Any) -> RoundEngine:
+            return RoundEngine(grid, config, run=run_name, **{**settings, **hooks})
+
+        wait = waiting(settings["clock"], settings["sleep"])
+        return run_restarting(make, adapter, restarts, settings, wait)
 
     quiet()
     if engine == "sequential" and not simulated:
@@ -95,7 +116,7 @@ def run(
             f"engine: expected 'sequential', 'cohort', 'ray' or 'flower', got {engine!r}"
         )
     federation = config.federation
-    with _executor(engine, clients, config, workers, device) as executor:
+    with _executor(engine, clients, config, workers, device, base_dtype) as executor:
         virtual = VirtualGrid(
             executor,
             len(clients.names),
@@ -115,19 +136,30 @@ def run(
 
 @contextmanager
 def _executor(
-    engine: Engine, clients: Clients, config: RunConfig, workers: int, device: Device
+    engine: Engine,
+    clients: Clients,
+    config: RunConfig,
+    workers: int,
+    device: Device,
+    base_dtype: BaseDtype,
 ) -> Iterator[Executor]:
     """Yield what answers messages."""
     if engine == "sequential":
         yield one_by_one(_app(clients))
     elif engine == "ray":
-        with ray_workers(clients, workers, config, device) as actors:
-            yield Sharded(clients, actors)
+        with ray_workers(clients, workers, config, device, base_dtype) as actors:
+            yield Sharded(clients, actors, pinned=_keeps(config))
     elif workers > 1:
-        with local_workers(clients, workers) as processes:
-            yield Sharded(clients, processes)
+        with local_workers(clients, workers, base_dtype) as processes:
+            yield Sharded(clients, processes, pinned=_keeps(config))
     else:
-        yield CohortExecutor(site_of(clients))
+        yield CohortExecutor(site_of(clients), CohortEngine(base_dtype))
+
+
+def _keeps(config: RunConfig) -> bool:
+    """Return whether clients keep something from round to round."""
+    own = config.kept is not None or config.personal.rank > 0
+    return own or config.uplink.error_feedback or config.privacy is not None
 
 
 def _app(clients: Clients) -> ClientApp:

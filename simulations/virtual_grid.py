@@ -12,16 +12,21 @@ time stands still.
 An answer is computed when the first one of its batch is asked for: those after it in the order
 of arrival come along, so that clients are trained together. What nobody asks for is not trained
 at all: who is late, lost or over-selected costs nothing here, whatever it costs there.
+
+A message that nothing answers comes back as Flower's error when its time to live is over, as a
+SuperLink sends it: until then its client has something left to answer.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -45,11 +50,28 @@ class Journeys(Protocol):
         """Return when somebody connects or leaves next, above `now`; infinity: never."""
 
 
+@runtime_checkable
+class Bookkeeping(Journeys, Protocol):
+    """Journeys that know which answers count nowhere (simulations/clock): these are not computed.
+
+    `listening` is how they learn it: from what the round engine tells.
+    """
+
+    def spared(self, client: int, message: Message) -> Message | None:
+        """Return the reply of a client that need not train any more; None: it has to."""
+
+    def computed(self, message: Message) -> None:
+        """Note that the answer to this message is being computed."""
+
+    def listening(self, clock: Callable[[], float], event: Any) -> Any:
+        """Return `event` (server/exchange.py), which these journeys hear from now on, too."""
+
+
 class Tampering(Protocol):
     """What is done to messages on their way: faults and attacks (simulations/faults)."""
 
-    def request(self, client: int, message: Message) -> Message:
-        """Return the request as the client gets it."""
+    def request(self, client: int, message: Message) -> list[Message]:
+        """Return the request as the client gets it: not at all, once, or more often."""
 
     def reply(self, client: int, reply: Message, request: Message) -> list[Message]:
         """Return the reply as the coordinator gets it: none, one, or more of them."""
@@ -62,15 +84,18 @@ class _Pending:
     order: int
     client: int
     message: Message
-    due: float | None  # virtual time; None: never
+    due: float  # virtual time of the answer
+    expires: float  # virtual time at which Flower answers in its stead
     replies: list[Message] | None = None  # None: not computed yet
 
 
 class VirtualGrid(Grid):
     """`clients` nodes, whose messages `execute` answers.
 
-    `ahead` is how many answers are computed together, the cohort of a run. `node_config` is what
-    a client's context says of it, beside "partition-id" and "num-partitions".
+    `ahead` is how many answers are computed together, the cohort of a run. `needed` is how many
+    of the answers to one round's request to train count, if not all do: more are computed one by
+    one, when one of them is no good. `node_config` is what a client's context says of it, beside
+    "partition-id" and "num-partitions".
     """
 
     def __init__(
@@ -81,14 +106,18 @@ class VirtualGrid(Grid):
         journeys: Journeys | None = None,
         tampering: Tampering | None = None,
         ahead: int | None = None,
+        needed: int | None = None,
         node_config: Callable[[int], Mapping[str, str | int | float | bool]] = lambda client: {},
     ) -> None:
         if clients < 1:
             raise ValueError(f"expected clients, got {clients}")
         self._execute, self._clients, self._journeys = execute, clients, journeys
         self._tampering, self._ahead, self._node_config = tampering, ahead, node_config
+        self._books = journeys if isinstance(journeys, Bookkeeping) else None
+        self._needed, self._computed = needed, Counter[str]()  # round -> answers, of training
         self._now = 0.0
         self._pushed = 0
+        self._fresh = False  # whether something was pushed since the last pull
         self._pending: dict[str, _Pending] = {}
         self._contexts: dict[int, Context] = {}  # of clients that keep something in it
         self._run = Run.create_empty(run_id=1)
@@ -101,8 +130,10 @@ class VirtualGrid(Grid):
     def sleep(self, seconds: float) -> None:
         """Let virtual time pass: until something happens, at most `seconds`."""
         end = self._now + seconds
-        due = (one.due for one in self._pending.values() if one.due is not None)
-        events = [at for at in due if at > self._now]
+        fresh, self._fresh = self._fresh, False
+        if fresh and any(one.due <= self._now for one in self._pending.values()):
+            return  # an answer is there already, and whoever sleeps has not looked yet
+        events = [one.due for one in self._pending.values() if one.due > self._now]
         if self._journeys is not None:
             events.append(self._journeys.next_change(self._now))
         at = min(end, *events) if events else end
@@ -147,21 +178,29 @@ class VirtualGrid(Grid):
             due: float | None = self._now
             if self._journeys is not None:
                 due = self._journeys.answered_at(client, message, self._now)
-            self._pending[name] = _Pending(self._pushed, client, message, due)
+            expires = self._now + message.metadata.ttl
+            one = _Pending(self._pushed, client, message, expires if due is None else due, expires)
+            if due is None or due > expires:
+                _expire(one)
+            self._pending[name] = one
             self._pushed += 1
+            self._fresh = True
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies whose time has come, each once, in the order of arrival."""
+        self._fresh = False
         wanted = [(i, self._pending[i]) for i in message_ids if i in self._pending]
-        due = [(i, one) for i, one in wanted if one.due is not None and one.due <= self._now]
+        due = [(i, one) for i, one in wanted if one.due <= self._now]
         due.sort(key=lambda pair: (pair[1].due, pair[1].order))
-        for _, one in due:
-            if one.replies is None:
-                self._compute()
         replies = []
-        for i, _ in due:
-            replies += self._pending.pop(i).replies or []
+        for i, one in due:
+            while one.replies is None:
+                self._compute()
+            if not one.replies:  # it was lost on its way, or the client died
+                _expire(one)
+            if one.due <= self._now:
+                replies += self._pending.pop(i).replies or []
         return replies
 
     def send_and_receive(
@@ -170,14 +209,14 @@ class VirtualGrid(Grid):
         """Push, wait in virtual time for all replies or until `timeout`, and pull."""
         ids = self.push_messages(messages)
         end = math.inf if timeout is None else self._now + timeout
-        while self._now < end:
-            left = [self._pending[i].due for i in ids]
-            if all(at is not None and at <= self._now for at in left):
-                break
-            if math.isinf(end) and all(at is None or at <= self._now for at in left):
-                break  # the others never come
+        replies = []
+        while True:
+            if all(self._pending[i].due <= self._now for i in ids) or self._now >= end:
+                replies += self.pull_messages(ids)
+                ids = [i for i in ids if i in self._pending]
+            if not ids or self._now >= end:
+                return replies
             self.sleep(end - self._now)
-        return self.pull_messages(ids)
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop requests whose answers nobody will pull."""
@@ -186,25 +225,52 @@ class VirtualGrid(Grid):
 
     def _compute(self) -> None:
         """Compute the next answers in the order of arrival, `ahead` of them."""
-        waiting = [
-            one for one in self._pending.values() if one.replies is None and one.due is not None
-        ]
+        waiting = [one for one in self._pending.values() if one.replies is None]
         waiting.sort(key=lambda one: (one.due, one.order))
-        batch = waiting[: self._ahead]
-        change = self._tampering
-        requests = [
-            (one.message if change is None else change.request(one.client, one.message))
+        batch, change = self._batch(waiting), self._tampering
+        if not batch:
+            return
+        contexts = [self._context(one.client) for one in batch]
+        copies = [
+            [one.message] if change is None else change.request(one.client, one.message)
             for one in batch
         ]
-        contexts = [self._context(one.client) for one in batch]
-        answers = self._execute(list(zip(requests, contexts, strict=True)))
-        for one, context, reply in zip(batch, contexts, answers, strict=True):
-            number(reply)
-            one.replies = [reply]
-            if change is not None:
-                one.replies = change.reply(one.client, reply, one.message)
+        for one in batch:
+            one.replies = []
+        for turn in range(max(map(len, copies))):  # who is asked twice answers one by one
+            asked = [i for i, requests in enumerate(copies) if len(requests) > turn]
+            answers = self._execute([(copies[i][turn], contexts[i]) for i in asked])
+            for i, reply in zip(asked, answers, strict=True):
+                one, replies = batch[i], batch[i].replies
+                assert replies is not None
+                number(reply)
+                replies += (
+                    [reply] if change is None else change.reply(one.client, reply, one.message)
+                )
+        for one, context in zip(batch, contexts, strict=True):
             if len(context.state):
                 self._contexts[one.client] = context
+
+    def _batch(self, waiting: Sequence[_Pending]) -> list[_Pending]:
+        """Return what is computed now, at least the first that must be; the spared are answered."""
+        batch: list[_Pending] = []
+        for one in waiting:
+            reply = None if self._books is None else self._books.spared(one.client, one.message)
+            if reply is not None:
+                number(reply)
+                one.replies = [reply]
+                continue
+            metadata = one.message.metadata
+            if self._needed is not None and metadata.message_type == MessageType.TRAIN:
+                if batch and self._computed[metadata.group_id] >= self._needed:
+                    break
+                self._computed[metadata.group_id] += 1
+            if self._books is not None:
+                self._books.computed(one.message)
+            batch.append(one)
+            if len(batch) == self._ahead:
+                break
+        return batch
 
     def _context(self, client: int) -> Context:
         held = self._contexts.get(client)
@@ -221,6 +287,14 @@ class VirtualGrid(Grid):
             state=RecordDict(),
             run_config={},
         )
+
+
+def _expire(one: _Pending) -> None:
+    """Let Flower answer, at the end of the message's time to live."""
+    error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="no reply in the time to live")
+    reply = Message(error, reply_to=one.message)
+    number(reply)
+    one.due, one.replies = one.expires, [reply]
 
 
 def one_by_one(app: Callable[[Message, Context], Message]) -> Executor:

@@ -43,11 +43,11 @@ COUNT_SHARE = 1 / 20  # σ_b as a share of the expected batch: the paper's
 RANGE = 1e4  # how far C may go from the plan's, as a factor
 
 
-def clipping_factors(clipping: Clipping, norms: Tensor, clipping_norm: float) -> Tensor:
+def clipping_factors(clipping: Clipping, norms: Tensor, clipping_norm: float | Tensor) -> Tensor:
     """Return what every gradient is multiplied by.
 
     `norms` and the result are (R,), norms over all tensors; with "per-layer" both are (L, R),
-    norms of each tensor.
+    norms of each tensor. `clipping_norm` is one for all records, or (R,).
     """
     if clipping == "automatic":
         return clipping_norm / (norms + AUTOMATIC_STABILITY)

@@ -22,10 +22,20 @@ from torch import Tensor
 class Batched(Protocol):
     """Features that are computed when asked for, many at a time (see prefix.py)."""
 
-    lengths: list[int]  # of axis 0 of every feature, known without computing any
+    @property
+    def lengths(self) -> list[int]:
+        """Return the length of axis 0 of every feature, without computing any."""
 
     def take(self, indices: Sequence[int]) -> list[Tensor]:
         """Return the features at `indices`, in that order."""
+
+
+@runtime_checkable
+class Packing(Batched, Protocol):
+    """Sequences of which a whole batch is fetched at once, without padding."""
+
+    def packed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features at `indices` (b,) one after the other, and their lengths (b,)."""
 
 
 class Dense(Sequence[Tensor]):
@@ -58,6 +68,74 @@ class Dense(Sequence[Tensor]):
     def subset(self, indices: Sequence[int]) -> Dense:
         """Return the features at `indices` without copying them."""
         return Dense(self.data, self.at[torch.tensor(list(indices), dtype=torch.int64)])
+
+
+class Ragged(Sequence[Tensor]):
+    """Sequences of unlike length: runs of rows of one tensor that many clients may share.
+
+    Feature i is values[start[i] : start[i] + length[i]]. Runs may lie in any order, overlap, and
+    leave gaps. No feature is a tensor object of its own before it is asked for.
+    """
+
+    def __init__(self, values: Tensor, start: Tensor, length: Tensor) -> None:
+        """`values` is (total, …); `start` and `length` are (n,) int64."""
+        if start.shape != length.shape or start.dim() != 1:
+            raise ValueError(
+                f"expected one start and one length per feature, got shapes {tuple(start.shape)} "
+                f"and {tuple(length.shape)}"
+            )
+        self.values, self.start, self.length = values, start, length
+
+    @classmethod
+    def of(cls, features: Sequence[Tensor]) -> Ragged:
+        """Return a copy of a list of sequences, at least one, as runs of one tensor."""
+        length = torch.tensor([len(feature) for feature in features])
+        return cls(torch.cat(list(features)), length.cumsum(0) - length, length)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices: use take
+        start = int(self.start[index])
+        return self.values[start : start + int(self.length[index])]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the length of axis 0 of every feature."""
+        found: list[int] = self.length.tolist()
+        return found
+
+    def take(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return the features at `indices`, as views."""
+        at = torch.tensor(list(indices), dtype=torch.int64)
+        runs = zip(self.start[at].tolist(), self.length[at].tolist(), strict=True)
+        return [self.values[start : start + length] for start, length in runs]
+
+    def packed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features at `indices` (b,) one after the other, and their lengths (b,).
+
+        One gather: rows (Σ lengths, …).
+        """
+        length = self.length[indices]
+        rows = runs(self.start[indices], length)
+        return self.values.index_select(0, rows.to(self.values.device)), length
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return the features at `indices` (b,) one after the other, without their lengths."""
+        return self.packed(indices)[0]
+
+    def subset(self, indices: Sequence[int]) -> Ragged:
+        """Return the features at `indices` without copying them."""
+        at = torch.tensor(list(indices), dtype=torch.int64)
+        return Ragged(self.values, self.start[at], self.length[at])
+
+
+def runs(start: Tensor, length: Tensor) -> Tensor:
+    """Return start[0], start[0] + 1, …, one run of length[i] numbers for every i, (Σ length,)."""
+    ends = length.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    shift = (start - ends + length).repeat_interleave(length, output_size=total)
+    return shift + torch.arange(total)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ noted, not what was planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -148,20 +148,51 @@ class PrivateStep:
 
     def _add_noise(self, total: Tensor, inside: float) -> None:
         """Add Gaussian noise of standard deviation σC; with adaptive clipping, move C."""
-        sigma, expected = self._plan.noise_multiplier, self._expected_batch
-        if self._plan.clipping != "adaptive":
-            self.drawn.append(self._perturb(total, sigma))
-            return
-        count_sigma = count_noise(sigma, expected)
-        gradient_sigma = self._perturb(total, gradient_noise(sigma, count_sigma))
-        noisy = inside + count_sigma * float(self.randomness.normal(1)[0])
-        self.drawn.append(joint_noise(gradient_sigma, count_sigma))
-        self.clipping_norm = next_norm(self.clipping_norm, self._plan, noisy, expected)
+        used, self.clipping_norm = add_noise(
+            total,
+            inside,
+            self._plan,
+            self.randomness,
+            expected_batch=self._expected_batch,
+            clipping_norm=self.clipping_norm,
+            perturb=self._perturb,
+        )
+        self.drawn.append(used)
 
     def _perturb(self, total: Tensor, sigma: float) -> float:
         """Add σC · N(0, 1) to every value that is trained; return the σ that was used."""
-        noise = torch.from_numpy(self.randomness.normal(len(total))).to(total)
-        total.add_(noise, alpha=sigma * self.clipping_norm)
+        perturb(total, sigma, self.clipping_norm, self.randomness)
         if self._frozen is not None:
             total.masked_fill_(self._frozen, 0.0)
         return sigma
+
+
+def add_noise(
+    total: Tensor,
+    inside: float,
+    plan: DpPlan,
+    randomness: Randomness,
+    *,
+    expected_batch: float,
+    clipping_norm: float,
+    perturb: Callable[[Tensor, float], float],
+) -> tuple[float, float]:
+    """Release one step: a clipped sum (P,), in place, and with adaptive clipping the count.
+
+    `inside` is Σ (b_i − ½) (clipping.py) and `perturb(total, σ)` adds σC · N(0, 1) and returns
+    the σ that it used. Return the noise multiplier of all that was released, and the next C.
+    """
+    sigma = plan.noise_multiplier
+    if plan.clipping != "adaptive":
+        return perturb(total, sigma), clipping_norm
+    count_sigma = count_noise(sigma, expected_batch)
+    gradient_sigma = perturb(total, gradient_noise(sigma, count_sigma))
+    noisy = inside + count_sigma * float(randomness.normal(1)[0])
+    used = joint_noise(gradient_sigma, count_sigma)
+    return used, next_norm(clipping_norm, plan, noisy, expected_batch)
+
+
+def perturb(total: Tensor, sigma: float, clipping_norm: float, randomness: Randomness) -> None:
+    """Add σC · N(0, 1) to every value of a sum (P,)."""
+    noise = torch.from_numpy(randomness.normal(len(total))).to(total)
+    total.add_(noise, alpha=sigma * clipping_norm)

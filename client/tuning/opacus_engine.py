@@ -68,7 +68,7 @@ def opacus_gradients(
     """
     modes = {module: module.training for module in classifier.modules()}
     owners = [m for m in classifier.modules() if has_trainable_params(m)]
-    hooks = [owner.register_forward_pre_hook(_with_input_gradients) for owner in owners]
+    hooks = [owner.register_forward_pre_hook(_as_opacus_reads) for owner in owners]
     classifier.train()
     try:
         _require_supported(classifier)
@@ -86,12 +86,21 @@ def opacus_gradients(
                 module.__dict__.pop(name, None)
 
 
-def _with_input_gradients(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Let inputs of the lowest trained layers ask for a gradient: torch warns where none does."""
-    return tuple(
-        x.detach().requires_grad_() if x.is_floating_point() and not x.requires_grad else x
-        for x in inputs
-    )
+def _as_opacus_reads(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a trained layer's inputs as Opacus takes them to be.
+
+    Contiguous: its unfold2d reads a convolution's input by strides that assume so, and gives
+    wrong gradients for channels-last ones without a word. And inputs of the lowest trained
+    layers ask for a gradient: torch warns where none does.
+    """
+    return tuple(_readable(x) for x in inputs)
+
+
+def _readable(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    x = x.contiguous()
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
 def _require_supported(classifier: nn.Module) -> None:

@@ -6,7 +6,10 @@ as fast. The values are those of `Classifier.prefix`, to rounding: nothing in th
 trained, and nothing in it is random.
 
 Entries are found by (what the prefix computes, SHA-256 of the encoded record). Memory is
-limited: records that no longer fit are computed again every time they are asked for.
+limited: first come, first kept. What no longer fits goes into a memory-mapped file where the
+caller allows one (spill.py), bit for bit the same; what fits into neither is computed again every
+time it is asked for. Nothing is evicted for other records of the same prefix: an epoch visits all
+of them once, and an LRU of a cyclic scan would keep nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import collate, is_sequence
+from anabranch.client.tuning.spill import SpillFile
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +46,23 @@ class CacheStats:
     hits: int  # asked for and found
     computed: int  # asked for and computed
     too_many: int  # computed and not kept, for lack of room
+    spilled: int = 0  # of `cached`: in the file
+    spilled_bytes: int = 0
+    spill_limit_bytes: int = 0
 
 
 class PrefixCache:
     """Prefix outputs by record, up to `limit_bytes`. For one thread at a time."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, spill: SpillFile | None = None) -> None:
+        """`spill` takes what does not fit into memory; None: that is computed again."""
         if limit_bytes < 0:
             raise ValueError(f"expected limit_bytes >= 0, got {limit_bytes}")
         self._limit_bytes = limit_bytes
         self._bytes = 0
+        self._spill = spill
+        self._spilled = 0  # entries in the file, all of one prefix
+        self._spilled_of: str | None = None  # that prefix
         self._entries: dict[str, dict[bytes, Tensor]] = {}  # prefix -> record -> output
         self._hits = self._computed = self._too_many = 0
         self._warned = False
@@ -66,12 +77,16 @@ class PrefixCache:
             hits=self._hits,
             computed=self._computed,
             too_many=self._too_many,
+            spilled=self._spilled,
+            spilled_bytes=0 if self._spill is None else self._spill.used_bytes,
+            spill_limit_bytes=0 if self._spill is None else self._spill.limit_bytes,
         )
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Forget all entries, and delete the file."""
         self._entries.clear()
         self._bytes = 0
+        self._delete_file()
 
     def prepare(
         self, classifier: Classifier, inputs: Sequence[str] | NDArray[np.float32]
@@ -130,11 +145,33 @@ class PrefixCache:
         for i, output in zip(batch, outputs, strict=True):
             size = output.numel() * output.element_size()
             self._make_room(size, features.prefix_id)
-            if self._bytes + size > self._limit_bytes:
+            kept: Tensor | None = output
+            if self._bytes + size <= self._limit_bytes:
+                self._bytes += size
+            else:
+                kept = self._spill_over(output, features.prefix_id)
+            if kept is None:
                 return False
-            self._entries.setdefault(features.prefix_id, {})[features.keys[i]] = output
-            self._bytes += size
+            self._entries.setdefault(features.prefix_id, {})[features.keys[i]] = kept
         return True
+
+    def _spill_over(self, output: Tensor, prefix_id: str) -> Tensor | None:
+        """Return `output` as it lies in the file; None if there is no file, or no room in it."""
+        if self._spill is None:
+            return None
+        if self._spilled_of != prefix_id:  # memory is full, so no other prefix has entries left
+            self._delete_file()
+            self._spilled_of = prefix_id
+        at = self._spill.append(output)
+        if at is None:
+            return None
+        self._spilled += 1
+        return self._spill.view(at, output).to(output.device)
+
+    def _delete_file(self) -> None:
+        if self._spill is not None:
+            self._spill.close()
+        self._spilled, self._spilled_of = 0, None
 
     def _make_room(self, size: int, prefix_id: str) -> None:
         """Drop entries of other prefixes (another base, another cut), oldest first, if needed."""
@@ -143,6 +180,9 @@ class PrefixCache:
                 return
             dropped = self._entries.pop(other).values()
             self._bytes -= sum(t.numel() * t.element_size() for t in dropped)
+            if other == self._spilled_of:
+                self._bytes += 0 if self._spill is None else self._spill.used_bytes
+                self._delete_file()
 
     def _warn(self, records: int) -> None:
         if not self._warned:
@@ -190,11 +230,21 @@ def _key(x: Tensor) -> bytes:
 
 def _batches(encoded: Sequence[Tensor], indices: Sequence[int]) -> Iterator[list[int]]:
     """Yield `indices` in batches of similar length, longest first: little padding."""
-    order = sorted(indices, key=lambda i: -len(encoded[i]))
+    rows = [len(x) if is_sequence(x := encoded[i]) else 1 for i in indices]
+    for batch in similar_batches(rows):
+        yield [indices[i] for i in batch]
+
+
+def similar_batches(rows: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the indices of `rows` (per record) in batches of similar numbers, largest first.
+
+    Every batch has at most RECORDS_PER_BATCH records, and padded to its longest at most
+    ROWS_PER_BATCH rows, or one record.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -rows[i])
     at = 0
     while at < len(order):
-        x = encoded[order[at]]
-        rows = len(x) if is_sequence(x) else 1
-        size = max(1, min(RECORDS_PER_BATCH, ROWS_PER_BATCH // max(rows, 1)))
+        longest = max(rows[order[at]], 1)
+        size = max(1, min(RECORDS_PER_BATCH, ROWS_PER_BATCH // longest))
         yield order[at : at + size]
         at += size

@@ -60,6 +60,10 @@ log = logging.getLogger(__name__)
 
 PHYSICAL_BATCH = 64  # records whose gradients are in memory at once
 ROUNDING = 1e-12  # relative, of a noise multiplier
+NOISE_ALONE = (
+    "every record's gradient was zero in this fit: its update is noise alone. If the model is "
+    "saturated, lower training.learning_rate"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,7 @@ def fit_private(
     (docs/simulation.md). `physical_batch` bounds memory and changes no
     result.
     """
-    _require_planned(plan, config, len(examples), steps, step_offset)
+    require_planned(plan, config, len(examples), steps, step_offset)
     if generator is not None:
         randomness = Randomness.reproducible(generator)
     randomness = randomness or Randomness.fresh()
@@ -124,15 +128,12 @@ def fit_private(
                 run, trained = range(step_offset, step_offset + steps), active.parameters
                 learned = _run(step, trained, examples, plan, config, run, accountant, probe)
             require_as_planned(accountant.history, plan.spend(steps))
-            require_trained(active, _factors(classifier))
+            require_trained(active, factors_of(classifier))
         except BaseException:
             active.undo()
             raise
     if not learned:
-        log.warning(
-            "every record's gradient was zero in this fit: its update is noise alone. If the model "
-            "is saturated, lower training.learning_rate"
-        )
+        log.warning(NOISE_ALONE)
     return PrivateFit(spend=plan.spend(steps), engine=step.engine, clipping_norm=step.clipping_norm)
 
 
@@ -157,10 +158,8 @@ def private_steps(
     gradients, and the log says so. Raises PrivacyError if a module mixes the records of a
     batch, no engine knows a trained layer, or the clipping norm is not above 0 and finite.
     """
-    _require_separable(classifier)
-    norm = plan.clipping_norm if clipping_norm is None else clipping_norm
-    if not 0 < norm < math.inf:
-        raise PrivacyError(f"expected a clipping norm above 0, got {norm}")
+    require_separable(classifier)
+    norm = first_norm(plan, clipping_norm)
     flat = Flat(active.parameters)
     weights = None if config.class_weights == "none" else torch.tensor(config.class_weights)
     with flat.attached() as vectors, _engine(engine, classifier, active, weights) as gradients:
@@ -242,9 +241,18 @@ def _gradients(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
 
 
-def _require_planned(
+def first_norm(plan: DpPlan, clipping_norm: float | None) -> float:
+    """Return the C that training begins with; PrivacyError unless it is above 0 and finite."""
+    norm = plan.clipping_norm if clipping_norm is None else clipping_norm
+    if not 0 < norm < math.inf:
+        raise PrivacyError(f"expected a clipping norm above 0, got {norm}")
+    return norm
+
+
+def require_planned(
     plan: DpPlan, config: Training, num_examples: int, steps: int, step_offset: int
 ) -> None:
+    """Raise PrivacyError unless the plan is for these records, and covers these steps."""
     if num_examples < 1 or plan.sample_rate != sampling_rate(config.batch_size, num_examples):
         raise PrivacyError(
             f"the plan samples records at rate {plan.sample_rate:.6f}, but an expected batch of "
@@ -262,7 +270,7 @@ def _require_planned(
         )
 
 
-def _require_separable(classifier: nn.Module) -> None:
+def require_separable(classifier: nn.Module) -> None:
     """Raise PrivacyError if one record's gradient can depend on another record."""
     for name, module in classifier.named_modules():
         if isinstance(module, _BatchNorm):  # Opacus looks at trainable ones only
@@ -272,7 +280,7 @@ def _require_separable(classifier: nn.Module) -> None:
             )
 
 
-def _factors(classifier: Classifier) -> dict[str, Tensor]:
+def factors_of(classifier: Classifier) -> dict[str, Tensor]:
     """Return every factor of the adapter by name, trained or not."""
     factors = (name for _, a, b in classifier.spec.factors() for name in (a, b))
     parameters = trainable_parameters(classifier)

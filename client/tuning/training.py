@@ -114,10 +114,10 @@ def _run(
     device = classifier.device
     optimizer = make_optimizer(active.parameters, training)
     weights = class_weights(examples.labels, classifier.num_labels, training)
-    batches = _batches(examples, training.batch_size, np.random.default_rng(seed))
+    order = batches(examples, training.batch_size, np.random.default_rng(seed))
     losses: list[tuple[float, int]] = []
     for step in range(steps):
-        batch = examples.take(next(batches))
+        batch = examples.take(next(order))
         features, mask = collate(batch.features)
         labels = batch.labels.to(device)
         logits = classifier(features.to(device), None if mask is None else mask.to(device))
@@ -197,7 +197,7 @@ def _set_rate(
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
-def _batches(examples: Examples, batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
+def batches(examples: Examples, batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
     """Yield indices for ever: every epoch a new order, records of like length together."""
     sizes = np.array(lengths(examples.features))
     while True:

@@ -97,6 +97,35 @@ class VisionTransformer(nn.Module):
 
 
 class ImageClassifier(Classifier):
+    """A classifier of images of one shape: what vision transformer and convolutions share."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        model: Model,
+        *,
+        width: int,
+        num_labels: int,
+        base_digest: str,
+        function: str,
+    ) -> None:
+        self.image_shape = (model.channels, model.image_size, model.image_size)
+        super().__init__(
+            base, width=width, num_labels=num_labels, base_digest=base_digest, function=function
+        )
+
+    def encode(self, inputs: Sequence[str] | NDArray[np.float32]) -> list[Tensor]:
+        """Return one float32 image (C, S, S) per record."""
+        images = torch.tensor(np.asarray(inputs, dtype=np.float32))
+        if images.shape[1:] != self.image_shape:
+            raise DataError(
+                f"images have shape {tuple(images.shape[1:])}, the model expects "
+                f"{self.image_shape} (channels, height, width): see [model] in run.toml"
+            )
+        return list(images)
+
+
+class TransformerClassifier(ImageClassifier):
     """A small vision transformer with mean pooling."""
 
     blocks = "blocks"
@@ -104,9 +133,9 @@ class ImageClassifier(Classifier):
     def __init__(
         self, base: VisionTransformer, model: Model, *, num_labels: int, base_digest: str
     ) -> None:
-        self.image_shape = (model.channels, model.image_size, model.image_size)
         super().__init__(
             base,
+            model,
             width=model.width,
             num_labels=num_labels,
             base_digest=base_digest,
@@ -135,16 +164,6 @@ class ImageClassifier(Classifier):
         if start < self.num_stages <= stop:
             h = self.scale(base.norm(h).mean(dim=1))
         return h
-
-    def encode(self, inputs: Sequence[str] | NDArray[np.float32]) -> list[Tensor]:
-        """Return one float32 image (C, S, S) per record."""
-        images = torch.tensor(np.asarray(inputs, dtype=np.float32))
-        if images.shape[1:] != self.image_shape:
-            raise DataError(
-                f"images have shape {tuple(images.shape[1:])}, the model expects "
-                f"{self.image_shape} (channels, height, width): see [model] in run.toml"
-            )
-        return list(images)
 
 
 def build(model: Model, *, seed: int) -> VisionTransformer:

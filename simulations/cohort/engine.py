@@ -13,24 +13,120 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
-from anabranch.client.local import Learned, Local, train_alone
-from anabranch.protocols.errors import AnabranchError
+from anabranch.client.local import Learned, Local, require_frozen, train_alone
+from anabranch.client.tuning.active import union
+from anabranch.client.tuning.classifier import Classifier
+from anabranch.client.tuning.examples import Dense, lengths
+from anabranch.client.tuning.text import CUT_BETWEEN_LAYERS, TextClassifier
+from anabranch.protocols.errors import AnabranchError, ConfigError, DataError, ModelError
+from anabranch.protocols.part import Part
+from anabranch.protocols.spec import require_same_spec
+from anabranch.simulations.cohort.grouped import Unbatchable, why_not
+from anabranch.simulations.cohort.planner import Work, micro_cohorts
+from anabranch.simulations.cohort.precision import BaseDtype, products_for
+from anabranch.simulations.cohort.private import can_batch, train_private_cohort
+from anabranch.simulations.cohort.products import Products
+from anabranch.simulations.cohort.stacked import Masks
+from anabranch.simulations.cohort.steps import train_together
 
 log = logging.getLogger(__name__)
+
+Outcome = Learned | AnabranchError
+
+# Text encoders of which padding to another client's length is known to change nothing.
+PADDED_ALIKE = CUT_BETWEEN_LAYERS | {"distilbert", "albert"}
 
 
 class CohortEngine:
     """Trains cohorts. `reasons` counts the clients that were trained alone, by reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, base_dtype: BaseDtype = "fp32") -> None:
+        """`base_dtype = "bf16"`: see precision.py; clients that are not packed stay in float32."""
         self.reasons: Counter[str] = Counter()
+        self._base_dtype = base_dtype
+        self._products: WeakKeyDictionary[Classifier, Products] = WeakKeyDictionary()
 
-    def train(self, locals: Sequence[Local]) -> list[Learned | AnabranchError]:
-        """Return what came of every Local, in order; an error is that client's alone."""
-        return [self._alone(local, "cohort training is not built yet") for local in locals]
+    def train(self, locals: Sequence[Local]) -> list[Outcome]:
+        """Return what came of every Local, in order; an error is that client's alone.
 
-    def _alone(self, local: Local, reason: str) -> Learned | AnabranchError:
+        A Local of no steps learns nothing: its values are those it began with, its loss is None.
+        Where a frozen weight changed, all clients of that classifier have a ModelError.
+        """
+        found: dict[int, Outcome] = {}
+        groups: dict[tuple[int, str], list[tuple[int, Masks]]] = {}
+        private: list[int] = []
+        known = _Known()
+        for i, local in enumerate(locals):
+            try:
+                outcome = self._by_itself(local, known)
+                if outcome is None and local.private is not None:
+                    private.append(i)
+                elif outcome is None:
+                    key = (id(local.classifier), local.training.optimizer)
+                    groups.setdefault(key, []).append((i, known.masks(local)))
+                else:
+                    found[i] = outcome
+            except AnabranchError as error:
+                found[i] = error
+        for members in groups.values():
+            trained = self._together([locals[i] for i, _ in members], [m for _, m in members])
+            found.update(zip((i for i, _ in members), trained, strict=True))
+        if private:
+            trained = train_private_cohort([locals[i] for i in private])
+            found.update(zip(private, trained, strict=True))
+        return [found[i] for i in range(len(locals))]
+
+    def _by_itself(self, local: Local, known: _Known) -> Outcome | None:
+        """Return what came of a client that is not trained together with others; else None."""
+        reason = known.why_not(local)
+        if reason is not None and (local.steps or local.private is not None):
+            return self._alone(local, reason)
+        if local.private is not None:
+            return None
+        require_same_spec(local.classifier.spec, local.start.spec)
+        if local.steps == 0:
+            known.masks(local)  # refuses a part that is not there
+            return Learned(after=local.start, steps=0)
+        if len(local.examples) == 0:
+            raise DataError(f"{local.name}: {local.steps} steps, but no records to train on")
+        return None
+
+    def _together(self, locals: Sequence[Local], masks: Sequence[Masks]) -> list[Outcome]:
+        """Train clients of one classifier and one optimiser, in micro-cohorts."""
+        classifier = locals[0].classifier
+        cohorts = micro_cohorts(
+            [_work(local) for local in locals],
+            width=classifier.head.in_features,
+            values=classifier.spec.num_values,
+        )
+        found: dict[int, Outcome] = {}
+        try:
+            products = self._products_of(classifier)
+        except ConfigError as error:
+            return [error] * len(locals)
+        for cohort in cohorts:
+            members = [locals[i] for i in cohort]
+            try:
+                trained = train_together(members, [masks[i] for i in cohort], products)
+            except Unbatchable as error:
+                trained = [self._alone(local, str(error)) for local in members]
+            found.update(zip(cohort, trained, strict=True))
+        try:
+            require_frozen(classifier)
+        except ModelError as error:
+            return [error] * len(locals)
+        return [found[i] for i in range(len(locals))]
+
+    def _products_of(self, classifier: Classifier) -> Products:
+        """Return how frozen weights are multiplied: measured once per classifier."""
+        products = self._products.get(classifier)
+        if products is None:
+            products = self._products[classifier] = products_for(self._base_dtype, classifier)
+        return products
+
+    def _alone(self, local: Local, reason: str) -> Outcome:
         """Train one client by itself; say why, once per reason."""
         if not self.reasons[reason]:
             log.warning("%s: trained one client at a time: %s", local.name, reason)
@@ -39,3 +135,56 @@ class CohortEngine:
             return train_alone(local)
         except AnabranchError as error:
             return error
+
+
+class _Known:
+    """What is the same for many Locals of one call, found out once."""
+
+    def __init__(self) -> None:
+        self._masks: dict[tuple[int, Part, Part | None], Masks] = {}
+        self._reasons: dict[tuple[int, str | None], str | None] = {}
+
+    def masks(self, local: Local) -> Masks:
+        """Return what the client trains. Raises IncompatibleAdapter for a part not there."""
+        key = (id(local.classifier), local.part, local.kept)
+        if key not in self._masks:
+            self._masks[key] = union(local.classifier.spec, local.part, local.kept)
+        return self._masks[key]
+
+    def why_not(self, local: Local) -> str | None:
+        """Return why this client cannot be trained together with others, if it cannot."""
+        classifier, private = local.classifier, local.private
+        key = (id(classifier), None if private is None else private.engine)
+        if key not in self._reasons:
+            if private is not None:
+                self._reasons[key] = _padding(classifier) or can_batch(local)
+            else:
+                self._reasons[key] = _padding(classifier) or why_not(classifier)
+        return self._reasons[key]
+
+
+def _padding(classifier: Classifier) -> str | None:
+    """Return why records of different clients may not be padded to one length, if so."""
+    if not isinstance(classifier, TextClassifier) or classifier.cut == classifier.num_stages:
+        return None
+    model_type = classifier.config.model_type
+    if model_type in PADDED_ALIKE:
+        return None
+    return f"padding may change what a text encoder of type {model_type!r} says of a record"
+
+
+def _work(local: Local) -> Work:
+    """Return what the planner has to know of a client."""
+    records = min(local.training.batch_size, len(local.examples))
+    return Work(steps=local.steps, rows=records * _tokens(local))
+
+
+def _tokens(local: Local) -> int:
+    """Return the rows that the trained layers see of a record, at most."""
+    classifier, features = local.classifier, local.examples.features
+    if classifier.cut == classifier.num_stages:
+        return 1
+    if isinstance(classifier, TextClassifier):
+        return features.data.shape[1] if isinstance(features, Dense) else max(lengths(features))
+    patches = getattr(classifier.base, "num_patches", 1)
+    return int(patches)

@@ -17,13 +17,18 @@ from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import RunError
 from anabranch.protocols.tables import Device
 from anabranch.simulations.clients import Clients
+from anabranch.simulations.cohort.precision import BaseDtype
 from anabranch.simulations.cohort.shard import Answers, Batch, Shard
 from anabranch.simulations.grid import QUIET, quiet
 
 
 @contextmanager
 def ray_workers(
-    clients: Clients, count: int, config: RunConfig, device: Device
+    clients: Clients,
+    count: int,
+    config: RunConfig,
+    device: Device,
+    base_dtype: BaseDtype = "fp32",
 ) -> Iterator[Sequence[_Actor]]:
     """Yield `count` actors, spread over the nodes of the cluster.
 
@@ -40,7 +45,8 @@ def ray_workers(
         shared = ray.put((clients, bases.share(config.model)))
         actor = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(_RemoteShard)
         yield [
-            _Actor(actor.options(scheduling_strategy="SPREAD").remote(shared)) for _ in range(count)
+            _Actor(actor.options(scheduling_strategy="SPREAD").remote(shared, base_dtype))
+            for _ in range(count)
         ]
     finally:
         if started:
@@ -75,11 +81,11 @@ def _require_room(resources: dict[str, float], count: int, device: Device) -> No
 class _RemoteShard:
     """A Shard in an actor."""
 
-    def __init__(self, shared: tuple[Clients, bases.Shared | None]) -> None:
+    def __init__(self, shared: tuple[Clients, bases.Shared | None], base_dtype: BaseDtype) -> None:
         clients, base = shared
         if base is not None:
             bases.lend(base)
-        self._shard = Shard(clients)
+        self._shard = Shard(clients, base_dtype)
 
     def answer(self, batch: Batch) -> Answers:
         return self._shard.answer(batch)

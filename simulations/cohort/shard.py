@@ -29,7 +29,9 @@ from anabranch.protocols.messages import Trained
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.simulations.clients import Clients
+from anabranch.simulations.cohort.engine import CohortEngine
 from anabranch.simulations.cohort.executor import CohortExecutor
+from anabranch.simulations.cohort.precision import BaseDtype
 from anabranch.simulations.grid import identify, quiet
 
 Rows = NDArray[np.float32]
@@ -67,12 +69,12 @@ class Answers:
 class Shard:
     """Trains some of the clients. One thread; made in the process where it works."""
 
-    def __init__(self, clients: Clients) -> None:
+    def __init__(self, clients: Clients, base_dtype: BaseDtype = "fp32") -> None:
         torch.set_num_threads(1)  # more than one per process is several times slower
         quiet()
         identify(Run.create_empty(run_id=1))
         self._count = len(clients.names)
-        self._execute = CohortExecutor(site_of(clients))
+        self._execute = CohortExecutor(site_of(clients), CohortEngine(base_dtype))
 
     def answer(self, batch: Batch) -> Answers:
         """Return the clients' replies."""
@@ -103,17 +105,24 @@ class Worker(Protocol):
 
 
 class Sharded:
-    """Answers messages with the help of workers; an Executor of VirtualGrid."""
+    """Answers messages with the help of workers; an Executor of VirtualGrid.
 
-    def __init__(self, clients: Clients, workers: Sequence[Worker]) -> None:
-        self._clients, self._workers = clients, workers
+    With `pinned`, a client is always trained by the same worker: what it keeps between rounds
+    (books on privacy, error feedback, tensors of its own) is that worker's.
+    """
+
+    def __init__(
+        self, clients: Clients, workers: Sequence[Worker], *, pinned: bool = False
+    ) -> None:
+        self._clients, self._workers, self._pinned = clients, workers, pinned
         self._app = client_app(site_of(clients))
 
     def __call__(self, requests: Sequence[tuple[Message, Context]]) -> list[Message]:
         """Return one reply per request, in order."""
         heavy = [i for i, (m, _) in enumerate(requests) if m.metadata.message_type in HEAVY]
         clients = [int(requests[i][1].node_config["partition-id"]) for i in heavy]
-        shares = share(clients, self._clients.weight, len(self._workers))
+        slack = math.inf if self._pinned else SLACK
+        shares = share(clients, self._clients.weight, len(self._workers), slack)
         busy = []
         for worker, places in zip(self._workers, shares, strict=True):
             if places:
@@ -139,14 +148,19 @@ def site_of(clients: Clients) -> SiteFor:
     return site_for
 
 
-def share(clients: Sequence[int], weight: Callable[[int], float], workers: int) -> list[list[int]]:
+def share(
+    clients: Sequence[int],
+    weight: Callable[[int], float],
+    workers: int,
+    slack: float = SLACK,
+) -> list[list[int]]:
     """Return, per worker, the places in `clients` that it trains.
 
     Heaviest first, each to the worker of its index (client modulo workers) unless that one would
-    have more than SLACK times its fair share; then to the one with least to do. Deterministic.
+    have more than `slack` times its fair share; then to the one with least to do. Deterministic.
     """
     weights = [weight(client) for client in clients]
-    limit = SLACK * sum(weights) / workers
+    limit = slack * sum(weights) / workers
     loads, shares = [0.0] * workers, [list[int]() for _ in range(workers)]
     for place in sorted(range(len(clients)), key=lambda i: (-weights[i], clients[i])):
         home = clients[place] % workers

@@ -11,13 +11,16 @@ from multiprocessing.process import BaseProcess
 
 from anabranch.protocols.errors import RunError
 from anabranch.simulations.clients import Clients
+from anabranch.simulations.cohort.precision import BaseDtype
 from anabranch.simulations.cohort.shard import Answers, Batch, Shard
 
 END_S = 5.0  # a worker that does not end by then is ended
 
 
 @contextmanager
-def local_workers(clients: Clients, count: int) -> Iterator[Sequence[_Process]]:
+def local_workers(
+    clients: Clients, count: int, base_dtype: BaseDtype = "fp32"
+) -> Iterator[Sequence[_Process]]:
     """Yield `count` workers; `clients` is pickled for each of them.
 
     As always with processes that are spawned, a script that calls this does so under
@@ -28,7 +31,7 @@ def local_workers(clients: Clients, count: int) -> Iterator[Sequence[_Process]]:
     try:
         for _ in range(count):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, clients), daemon=True)
+            process = context.Process(target=_work, args=(there, clients, base_dtype), daemon=True)
             process.start()
             there.close()
             workers.append(_Process(process, here))
@@ -76,7 +79,7 @@ class _Process:
         )
 
 
-def _work(connection: Connection, clients: Clients) -> None:
+def _work(connection: Connection, clients: Clients, base_dtype: BaseDtype) -> None:
     """Answer batches until the coordinator closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to handle
     shard: Shard | None = None
@@ -86,7 +89,7 @@ def _work(connection: Connection, clients: Clients) -> None:
         except (EOFError, OSError):
             return
         try:
-            shard = shard or Shard(clients)
+            shard = shard or Shard(clients, base_dtype)
             answers: Answers | str = shard.answer(batch)
         except Exception as error:  # noqa: BLE001 - the boundary of a process: its error is told
             answers = f"{type(error).__name__}: {error}"

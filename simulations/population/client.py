@@ -14,16 +14,18 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from anabranch.client.data.records import Records
 from anabranch.client.private_round import Books
 from anabranch.client.site import MODELS, Begun, Models, Site
 from anabranch.client.site_file import SiteFile
 from anabranch.client.tuning.classifier import Classifier
+from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import RunError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.tables import Device, Training
 from anabranch.simulations.population.data import Rows, SharedData
@@ -31,6 +33,7 @@ from anabranch.simulations.population.data import Rows, SharedData
 StepLimit = Callable[[str, int, int], int]  # (client, round, planned steps) -> steps it manages
 TrainingOf = Callable[[str, Training], Training]  # (client, the run's) -> its own [training]
 Poisoned = Callable[[str, Records], Records]  # (client, its records) -> what it trains on
+Crash = Callable[[str, int], int | None]  # (client, round) -> steps until it dies; None: it lives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class Conduct:
 
     step_limit: StepLimit | None = None  # partial work: who manages fewer steps
     training_of: TrainingOf | None = None  # own learning rates, batch sizes, optimisers
-    poisoned: Poisoned | None = None  # what a lying client trains on
+    poisoned: Poisoned | None = None  # what a lying client trains on; an honest one: the same
+    crash: Crash | None = None  # whose process dies in training
     noise_seed: int | None = None  # private noise that can be drawn again; None: it cannot
 
 
@@ -81,14 +85,15 @@ class VirtualSite(Site):
     def records(self, config: RunConfig) -> tuple[Records, Records]:
         """Return (training, held-out) records."""
         records = self._shared_data.records
-        train = records.take(self._train)
-        if self._conduct.poisoned is not None:
-            train = self._conduct.poisoned(self.name, train)
-        return train, records.take(self._held)
+        return records.take(self._train), records.take(self._held)
 
     def prepare(self, assignment: Assignment, adapter: Adapter) -> Begun:
-        """Return this round's training as this client does it."""
+        """Return this round's training as this client does it.
+
+        Raises what `Site.prepare` does, and RunError if its process dies in training.
+        """
         begun = super().prepare(assignment, adapter)
+        self._survive(assignment, begun.local.steps)
         of = self._conduct.training_of
         if of is None:
             return begun
@@ -96,12 +101,32 @@ class VirtualSite(Site):
         local = dataclasses.replace(begun.local, training=training)
         return dataclasses.replace(begun, local=local)
 
-    def _features(
-        self, config: RunConfig, classifier: Classifier, train: Records
-    ) -> Sequence[Tensor]:
-        if self._conduct.poisoned is not None:  # its inputs may be others than the shared ones
-            return super()._features(config, classifier, train)
-        return self._shared_data.features(config, classifier, self._train)
+    def _training(
+        self, config: RunConfig, classifier: Classifier
+    ) -> tuple[Examples, Callable[[], Sequence[bytes]]]:
+        data = self._shared_data
+        if self._conduct.poisoned is not None:
+            honest = data.records.take(self._train)
+            poisoned = self._conduct.poisoned(self.name, honest)
+            if poisoned is not honest:  # its inputs may be others than the shared ones
+                features = super()._features(config, classifier, poisoned)
+                labels = torch.from_numpy(poisoned.labels)
+                return Examples(features, labels), poisoned.identities
+        features = data.features(config, classifier, self._train)
+        labels = torch.from_numpy(data.records.labels[self._train])
+        return Examples(features, labels), lambda: data.records.take(self._train).identities()
+
+    def _survive(self, assignment: Assignment, steps: int) -> None:
+        """Die in training: what was written before it, a reserved spend, stays written."""
+        after = (
+            None
+            if self._conduct.crash is None
+            else self._conduct.crash(self.name, assignment.round)
+        )
+        if after is not None:
+            raise RunError(
+                f"{self.name}: its process died after {min(after, steps)} of {steps} steps"
+            )
 
     def _steps(self, assignment: Assignment, num_examples: int) -> int:
         planned = super()._steps(assignment, num_examples)

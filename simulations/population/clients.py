@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from anabranch.client.data.records import Records
-from anabranch.client.private_round import Books
 from anabranch.protocols.tables import Device
+from anabranch.simulations.population.books import SimulatedBooks
 from anabranch.simulations.population.client import HONEST, Conduct, VirtualSite
 from anabranch.simulations.population.data import Rows, SharedData
 
@@ -53,7 +53,7 @@ class PopulationClients:
     folder: Path
     device: Device = "cpu"
     max_ranks: Rows | None = None  # (clients,), 0: no limit
-    books: Books | None = None
+    books: SimulatedBooks | None = None  # of a private run
     conduct: Conduct = field(default=HONEST)
 
     @cached_property
@@ -64,7 +64,7 @@ class PopulationClients:
     @cached_property
     def data(self) -> SharedData:
         """Return the shared records; made once in every process."""
-        return SharedData(self.records)
+        return SharedData(self.records, self.folder / "activations")
 
     def site(self, index: int) -> VirtualSite:
         """Return a client."""
@@ -78,9 +78,18 @@ class PopulationClients:
             folder=self.folder / name,
             device=self.device,
             max_rank=rank or None,
-            books=self.books,
+            books=None if self.books is None else self.books.of(name),
             conduct=self.conduct,
         )
+
+    def weight(self, index: int) -> float:
+        """Return the training records of a client."""
+        start, held = self.partition.start, self.partition.held
+        return float(start[index + 1] - start[index] - held[index])
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is made again in every process."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("data", "names")}
 
 
 def client_name(index: int) -> str:

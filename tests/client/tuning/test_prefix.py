@@ -14,6 +14,7 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate, fetch, lengths
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.prefix import PrefixCache
+from anabranch.client.tuning.spill import SpillFile
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.tables import Lora
 
@@ -217,3 +218,52 @@ def test_without_a_frozen_prefix_nothing_is_cached(make_config: MakeConfig) -> N
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="limit_bytes >= 0, got -1"):
         PrefixCache(-1)
+
+
+@pytest.mark.parametrize("limit", [0, BYTES // 3, PLENTY])
+def test_values_are_the_same_bits_in_memory_and_in_the_file(
+    classifier: Classifier, tmp_path: Path, limit: int
+) -> None:
+    plain = PrefixCache(PLENTY).prepare(classifier, TEXTS)
+    cache = PrefixCache(limit, SpillFile(tmp_path / "spill", PLENTY))
+
+    for _ in range(2):  # cold, then warm
+        features = cache.prepare(classifier, TEXTS)
+        assert all(torch.equal(a, b) for a, b in zip(features, plain, strict=True))
+
+    stats = cache.stats
+    assert (stats.cached, stats.computed, stats.too_many) == (len(TEXTS), len(TEXTS), 0)
+    assert stats.bytes <= limit
+    assert stats.bytes + stats.spilled_bytes == BYTES
+    assert (stats.spilled == 0) is (limit == PLENTY)
+
+
+def test_what_fits_into_neither_is_computed_again(classifier: Classifier, tmp_path: Path) -> None:
+    cache = PrefixCache(BYTES // 4, SpillFile(tmp_path, BYTES // 4))
+
+    features = cache.prepare(classifier, TEXTS)
+
+    stats = cache.stats
+    assert 0 < stats.spilled < stats.cached < len(TEXTS)
+    assert max(stats.bytes, stats.spilled_bytes) <= BYTES // 4
+    logits = logits_of(classifier, fetch(features, range(len(TEXTS))))
+    torch.testing.assert_close(logits, whole(classifier, TEXTS), atol=1e-5, rtol=0)
+    assert cache.stats.too_many == len(TEXTS) - stats.cached
+
+
+def test_another_prefix_takes_the_file_over(
+    make_config: MakeConfig, encoders: dict[str, Path], classifier: Classifier, tmp_path: Path
+) -> None:
+    lora = Lora(rank=3, layers="last:2")
+    other = load_classifier(make_config(str(encoders["bert"]), lora=lora, max_tokens=16))
+    cache = PrefixCache(0, SpillFile(tmp_path, BYTES))
+    ours = cache.prepare(classifier, TEXTS)
+    before = [feature.clone() for feature in ours]
+
+    theirs = cache.prepare(other, TEXTS)
+
+    assert (cache.stats.cached, cache.stats.spilled_bytes) == (len(TEXTS), BYTES)
+    assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))  # still readable
+    assert not torch.allclose(ours[0], theirs[0])
+    cache.clear()
+    assert (cache.stats.cached, cache.stats.spilled, cache.stats.spilled_bytes) == (0, 0, 0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 from flwr.app import RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,15 @@ def test_a_client_stays_with_its_worker_while_work_is_even() -> None:
 
 def test_a_client_that_would_be_too_much_goes_to_the_worker_with_least_to_do() -> None:
     assert share([0, 2, 4, 6], lambda i: 1.0, 2) == [[0, 1], [2, 3]]
+
+
+@given(weights=WEIGHTS, workers=st.integers(1, 5))
+def test_a_pinned_client_is_always_trained_by_the_same_worker(
+    weights: list[float], workers: int
+) -> None:
+    shares = share(range(len(weights)), lambda i: weights[i], workers, math.inf)
+
+    assert shares == [list(range(w, len(weights), workers)) for w in range(workers)]
 
 
 @given(parts=st.lists(st.sampled_from([Part(), Part(factors="B"), Part(ranks=(1,))]), max_size=8))

@@ -1,0 +1,43 @@
+"""A run between two rounds, or between a merge and its evaluation: enough to go on from.
+
+A round ends in two steps, and a Progress is handed out after each:
+
+    merge ─► Progress(evaluated=False) ─► checkpoint ─► evaluate ─► Progress(evaluated=True)
+
+Whoever keeps the last one can start the coordinator anew: what was merged is never asked for
+again, and every noisy mean of a client-private run leaves at most once, because it is kept
+before anything of it is written. What was under way is not in it: a round that was not merged is
+asked again from its beginning, and what its sites still say to the old questions is dropped.
+
+A Progress holds values only, no connection, file, clock or key. Once handed out it does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch.protocols.adapter import Adapter
+from anabranch.server.result import RoundReport, SiteRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a coordinator has done so far."""
+
+    run: str  # identity of the run
+    config: str  # digest of its configuration
+    round: int = 0  # the last one that was merged; 0: none
+    adapter: Adapter  # after that round
+    state: Any  # the rule's: server moments, residuals, noisy rounds made; a value
+    history: tuple[RoundReport, ...] = ()  # one per merged round
+    evaluated: bool = True  # False: the last round has no checkpoint and no evaluation yet
+    num_examples: int = 0  # behind the last merge
+    best: Adapter
+    best_round: int = 0
+    best_score: float | None = None
+    sites: Mapping[str, SiteRow]
+    met: frozenset[str] = frozenset()  # client-private: every client that was ever connected
+    latencies: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # of tiers
+    seconds: float = 0.0

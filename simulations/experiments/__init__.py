@@ -1,0 +1,1 @@
+"""Experiments as data: one run, sweeps over settings and seeds, tuning, comparisons."""

@@ -1,0 +1,82 @@
+"""experiment.toml, read: the fields, and which of them go together (simulations/experiment.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.tables import Count, Device, Fraction, Name
+from anabranch.simulations import engines
+from anabranch.simulations.clock.table import ClockTable
+from anabranch.simulations.faults.table import FaultsTable
+from anabranch.simulations.population.devices_table import DevicesTable
+from anabranch.simulations.population.table import PopulationTable
+
+
+class ExperimentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """experiment.toml."""
+
+    run: str
+    sites: dict[Name, str] = {}
+    ranks: dict[Name, Count] = {}
+    population: PopulationTable | None = None
+    devices: DevicesTable | None = None
+    clock: ClockTable | None = None
+    faults: FaultsTable | None = None
+    seeded_noise: bool = False  # of a private population: known noise, so nobody is protected
+    engine: engines.Engine = "sequential"
+    workers: Count = 1
+    device: Device = "cpu"
+    seed: int | None = None  # None: that of run.toml
+    validation: str | None = None
+    test: str | None = None
+    targets: tuple[Fraction, ...] = ()
+    sweep: dict[str, Any] | None = None  # experiments/sweep_plan.py
+    tune: dict[str, Any] | None = None  # experiments/tuning.py
+
+
+def decode_file(file: bytes, path: Path) -> ExperimentFile:
+    """Return the file, or raise ConfigError naming `path` and the field."""
+    try:
+        decoded = msgspec.toml.decode(file, type=ExperimentFile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    _check(path, decoded)
+    return decoded
+
+
+def _check(path: Path, file: ExperimentFile) -> None:
+    """Refuse what single fields cannot say."""
+    if file.population is not None:
+        _check_population(path, file)
+        return
+    if not file.sites:
+        raise ConfigError(
+            f"{path}: [sites] is empty: name at least one site and its data file, or describe a "
+            "[population]"
+        )
+    for name in ("devices", "clock", "faults"):
+        if getattr(file, name) is not None:
+            raise ConfigError(f"{path}: [{name}] goes with [population], not with [sites]")
+    if file.seeded_noise:
+        raise ConfigError(f"{path}: seeded_noise goes with [population], not with [sites]")
+    strangers = sorted(file.ranks.keys() - file.sites.keys())
+    if strangers:
+        raise ConfigError(
+            f"{path}: [ranks] names {strangers[0]!r}, which is not in [sites]: "
+            f"expected one of {sorted(file.sites)}"
+        )
+
+
+def _check_population(path: Path, file: ExperimentFile) -> None:
+    if file.sites or file.ranks:
+        raise ConfigError(f"{path}: there are [sites] and a [population]: leave one of them out")
+    simulated = any(one is not None for one in (file.devices, file.clock, file.faults))
+    if simulated and file.engine not in engines.VIRTUAL:
+        raise ConfigError(
+            f'{path}: engine = "{file.engine}" runs in real time: [devices], [clock] and [faults] '
+            f"need one of {', '.join(sorted(engines.VIRTUAL))}"
+        )

@@ -1,0 +1,1 @@
+"""Faults as data: lost messages, corrupt bytes, crashes, lying clients, a dying coordinator."""
