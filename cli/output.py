@@ -52,6 +52,11 @@ class Progress:
                 console=Console(stderr=True),
             )
 
+    @property
+    def staged(self) -> bool:
+        """Whether a stage has begun that is shown."""
+        return self._task is not None
+
     def stage(self, name: str, total: int) -> None:
         """Begin a stage of `total` steps."""
         if self._bar is not None:

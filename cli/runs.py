@@ -1,11 +1,11 @@
-"""anabranch demo and anabranch simulate: whole federations on this machine."""
+"""anabranch demo: four hospitals on this machine; and options that simulations share."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,13 +17,6 @@ class Device(StrEnum):
 
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Engine(StrEnum):
-    """What a simulation runs on."""
-
-    sequential = "sequential"
-    flower = "flower"
 
 
 Output = Annotated[
@@ -52,7 +45,7 @@ def demo(
         texts = text or list(EXAMPLES)
         summary, coded = run_demo(
             texts,
-            output or _folder("demo"),
+            output or run_folder("demo"),
             seed=seed,
             threads=threads,
             device=device.value,
@@ -72,58 +65,6 @@ def demo(
     return 0
 
 
-def simulate(
-    experiment: Annotated[Path, typer.Argument(help="experiment.toml")],
-    output: Output = None,
-    engine: Annotated[Engine | None, typer.Option(help="Instead of the experiment's own.")] = None,
-    device: Annotated[Device | None, typer.Option(help="Instead of the experiment's own.")] = None,
-    as_json: Json = False,
-) -> int:
-    """Run a federation on this machine from an experiment file."""
-    from anabranch.simulations.simulate import simulate as run
-
-    with Progress() as progress:
-        summary = run(
-            experiment,
-            output or _folder(experiment.stem),
-            engine=None if engine is None else engine.value,
-            device=None if device is None else device.value,
-            on_event=lambda kind, **fields: _show(progress, kind, fields),
-        )
-    emit(summary, _text(summary), as_json=as_json)
-    return 0
-
-
-def _folder(name: str) -> Path:
+def run_folder(name: str) -> Path:
+    """Return the default folder of a run that begins now."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _show(progress: Progress, kind: str, fields: dict[str, Any]) -> None:
-    if kind == "run_started":
-        progress.stage("rounds", fields["rounds"])
-    elif kind == "round_evaluated":
-        progress.advance()
-
-
-def _text(summary: dict[str, Any]) -> str:
-    rows = [
-        [
-            name,
-            summary["num_examples"][name],
-            summary["failures"][name],
-            f"{summary['epsilon'][name]:.2f}" if name in summary["epsilon"] else "—",
-        ]
-        for name in summary["num_examples"]
-    ]
-    lines = [table(["site", "records", "failures", "epsilon"], rows), ""] if rows else []
-    lines += [f"accuracy {name}: {value:.4f}" for name, value in summary["accuracy"].items()]
-    up, down = summary["bytes_up"], summary["bytes_down"]  # None: would tell who took part
-    moved = "" if up is None else f"{up:,} bytes up, {down:,} down; "
-    lines.append(
-        f"{summary['rounds']} rounds, best {summary['best_round']}; {moved}"
-        f"{summary['seconds']:.1f} s; peak memory {summary['peak_rss_bytes'] / 2**20:.0f} MiB"
-    )
-    if summary["release_refused"]:
-        lines.append(f"no release: {summary['release_refused']}")
-    lines.append(f"run folder: {summary['folder']}")
-    return "\n".join(lines)

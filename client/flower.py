@@ -257,7 +257,7 @@ def unpack_described(content: RecordDict) -> Described | Refused:
 def payload_bytes(content: RecordDict) -> int:
     """Return the bytes of frame and message in a content, without Flower's own overhead."""
     if isinstance(content, Handed):
-        return wire.size(content.delta) + len(messages.encode(content.trained))
+        return wire.size(content.delta) + len(msgspec.json.encode(content.trained))
     arrays = sum(len(a.data) for record in content.array_records.values() for a in record.values())
     values = (v for record in content.config_records.values() for v in record.values())
     return arrays + sum(len(v) for v in values if isinstance(v, bytes))

@@ -72,6 +72,9 @@ def require_device(device: Device) -> None:
         )
 
 
+_Asked = tuple[RunConfig, Device, Lora | None, Classifier]  # and what the answer was
+
+
 class Models:
     """Base models and prefix activations of this process, shared by its sites.
 
@@ -88,6 +91,14 @@ class Models:
         `lora` is for another adapter than `config.adapter`. Raises ConfigError if `device` is
         "cuda" and there is none.
         """
+        last: _Asked | None = self._local.__dict__.get("last")
+        if last is not None and last[0] is config and last[1:3] == (device, lora):
+            return last[3]
+        classifier = self._classifier(config, device, lora)
+        self._local.last = (config, device, lora, classifier)
+        return classifier
+
+    def _classifier(self, config: RunConfig, device: Device, lora: Lora | None) -> Classifier:
         require_device(device)
         lora = config.adapter if lora is None else lora
         parts = (config.model, config.task, lora, config.data, config.seed, device)

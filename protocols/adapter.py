@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -97,7 +98,8 @@ class Delta:
 
     def norm(self) -> float:
         """Return the Euclidean norm over all values, accumulated in float64."""
-        return float(np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in self.arrays.values())))
+        wide = (array.astype(np.float64).reshape(-1) for array in self.arrays.values())
+        return math.sqrt(sum(float(np.dot(a, a)) for a in wide))
 
 
 def checked(spec: AdapterSpec, arrays: Arrays) -> dict[str, NDArray[np.float32]]:

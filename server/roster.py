@@ -21,6 +21,7 @@ class Roster:
         self._asked: set[int] = set()
         self._silent: set[int] = set()  # nodes that were waited for in vain
         self._peers: dict[int, Peer] = {}
+        self._names: dict[str, list[Peer]] | None = None  # all peers by name; None: to be made
         self._failures: dict[int, Failure] = {}
 
     def retry(self) -> None:
@@ -49,7 +50,7 @@ class Roster:
         if isinstance(described, Failure):
             self._failures[node] = described
         else:
-            self._peers[node] = described
+            self._peers[node], self._names = described, None
         return described
 
     def available(self) -> dict[str, Peer]:
@@ -79,9 +80,15 @@ class Roster:
 
     def _online(self) -> dict[str, list[Peer]]:
         """Return name -> nodes of that name, ascending."""
+        if self._names is None:
+            self._names = {}
+            for peer in sorted(self._peers.values(), key=lambda peer: (peer.name, peer.node)):
+                self._names.setdefault(peer.name, []).append(peer)
         nodes = self._mail.nodes()
-        online: dict[str, list[Peer]] = {}
-        for peer in sorted(self._peers.values(), key=lambda peer: (peer.name, peer.node)):
-            if peer.node in nodes:
-                online.setdefault(peer.name, []).append(peer)
-        return online
+        if nodes.issuperset(self._peers):
+            return self._names
+        here = (
+            (name, [peer for peer in peers if peer.node in nodes])
+            for name, peers in self._names.items()
+        )
+        return {name: peers for name, peers in here if peers}

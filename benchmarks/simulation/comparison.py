@@ -9,7 +9,7 @@
     flower_one      1 actor x 1
     ours            1 x 1                   the product's cohort engine
     ours_two        2 workers x 1
-    ours_alone      1 x 1                   engine = "sequential": the prefix cache alone
+    ours_alone      1 x 1                   one client after another: the prefix cache alone
     pfl_last        1 x 1                   pfl with the product's memory layout (cnn)
     pfl_fixed       1 x 1                   pfl with texts padded to 32 tokens (minilm)
 
@@ -69,9 +69,10 @@ class Work:
 
 
 def measure(works: Sequence[Work], folder: Path) -> dict[str, dict[str, Laps]]:
-    """Return workload -> variant -> laps. All works have the same number of clients.
+    """Return workload -> variant -> laps.
 
-    An engine is one process (or group) for all its workloads, so that it starts once.
+    An engine is one process (or group) for all its workloads, so that it starts once. Flower has as
+    many nodes as the largest has clients.
     """
     for work in works:
         workload = replace(
@@ -106,7 +107,7 @@ def _engine(name: str, works: Sequence[Work], folder: Path) -> Engine:
         "pfl_threads": {"threads": 2},
         "flower": {"workers": 2},
         "ours_two": {"workers": 2},
-        "ours_alone": {"engine": "sequential"},
+        "ours_alone": {"engine": "alone"},
         "pfl_last": {"layout": "last"},
         "pfl_fixed": {"padding": "fixed"},
     }

@@ -48,7 +48,7 @@ SHORT = ("pfl", "flower", "ours")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is done. Works of one group have the same number of clients."""
+    """How much is done. A group shares processes; in full, it has one number of clients."""
 
     groups: tuple[tuple[Work, ...], ...]
     orchestration: tuple[int, int]  # clients, rounds
@@ -85,18 +85,12 @@ FULL = Scale(
 QUICK = Scale(
     groups=(
         (
-            Work(workload="mlp", warm=1, turns=4, variants=SHORT, clients=100),
+            Work(workload="mlp", warm=1, turns=4, variants=SHORT, clients=20),
             Work(workload="mlp_100", warm=1, turns=3, variants=SHORT, clients=100),
-            Work(workload="cnn", warm=1, turns=2, variants=SHORT, clients=100),
-            Work(workload="small", warm=2, turns=2, variants=SHORT, clients=100),
-            Work(workload="full_depth", warm=1, turns=1, variants=("pfl", "ours"), clients=100),
-            Work(
-                workload="minilm",
-                warm=2,
-                turns=1,
-                variants=(*SHORT, "ours_alone"),
-                clients=100,
-            ),
+            Work(workload="cnn", warm=1, turns=2, variants=SHORT, clients=20),
+            Work(workload="small", warm=1, turns=2, variants=SHORT, clients=20),
+            Work(workload="full_depth", warm=1, turns=1, variants=("pfl", "ours"), clients=20),
+            Work(workload="minilm", warm=1, turns=1, variants=(*SHORT, "ours_alone"), clients=8),
         ),
     ),
     orchestration=(100, 3),

@@ -53,8 +53,8 @@ class Turns(FedAvg):
         return super().aggregate_train(server_round, heard)
 
 
-def coordinate(place: int, job: Job, grid: Grid, gate: Gate) -> None:
-    """Run the rounds of a job."""
+def coordinate(place: int, job: Job, nodes: int, grid: Grid, gate: Gate) -> None:
+    """Run the rounds of a job on `nodes` nodes: as many as it has clients, or more."""
     held, workload = peer(place), job.work
 
     def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord:
@@ -70,11 +70,11 @@ def coordinate(place: int, job: Job, grid: Grid, gate: Gate) -> None:
 
     strategy = Turns(
         place,
-        fraction_train=workload.cohort / workload.clients,
+        fraction_train=workload.cohort / nodes,
         fraction_evaluate=0.0,
         min_train_nodes=workload.cohort,
         min_evaluate_nodes=0,
-        min_available_nodes=workload.clients,
+        min_available_nodes=nodes,
     )
     strategy.start(
         grid=grid,
@@ -85,15 +85,16 @@ def coordinate(place: int, job: Job, grid: Grid, gate: Gate) -> None:
 
 
 def main() -> None:
-    """Run all jobs on one simulation; they have the same number of clients."""
+    """Run all jobs on one simulation."""
     found = jobs()
+    nodes = max(job.work.clients for job in found)
     gate = Gate()
     server = ServerApp()
 
     @server.main()
     def rounds(grid: Grid, context: Context) -> None:
         for place, job in enumerate(found):
-            coordinate(place, job, grid, gate)
+            coordinate(place, job, nodes, grid, gate)
 
     quiet()
     os.environ["PYTHONPATH"] = str(ROOT)  # of the actors
@@ -107,7 +108,7 @@ def main() -> None:
         "object_store_memory": 500_000_000,
     }
     backend = {"client_resources": resources, "init_args": ray}
-    run_simulation(server, app, found[0].work.clients, backend_config=backend)
+    run_simulation(server, app, nodes, backend_config=backend)
 
 
 if __name__ == "__main__":

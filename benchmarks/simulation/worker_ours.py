@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,13 +14,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
+from anabranch.client.local import Local, train_alone
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.protocols.adapter import Adapter
+from anabranch.server.rounds import RoundEngine
 from anabranch.simulations import engines
+from anabranch.simulations.cohort.engine import CohortEngine, Outcome
+from anabranch.simulations.cohort.executor import CohortExecutor
+from anabranch.simulations.cohort.shard import site_of
 from anabranch.simulations.grid import quiet
 from anabranch.simulations.population.clients import Partition, PopulationClients
+from anabranch.simulations.virtual_grid import VirtualGrid
 from benchmarks.simulation.gate import Gate
 from benchmarks.simulation.peer import Job, evaluate, jobs
 from benchmarks.simulation.workloads import SEED, Workload
@@ -56,6 +62,12 @@ def run(job: Job, gate: Gate) -> None:
         clients = PopulationClients(records, partition(workload, job.shared), Path(folder))
         adapter = read_adapter(classifier)
         gate.begin(job.loss_round)
+        if job.engine == "alone":
+            grid = VirtualGrid(
+                CohortExecutor(site_of(clients), Alone()), workload.clients, ahead=workload.cohort
+            )
+            RoundEngine(grid, config, run="bench", checkpoint=report).run(adapter)
+            return
         engines.run(
             job.engine,
             config,
@@ -65,6 +77,14 @@ def run(job: Job, gate: Gate) -> None:
             workers=job.workers,
             checkpoint=report,
         )
+
+
+class Alone(CohortEngine):
+    """Trains a cohort one after another: what the prefix cache is worth by itself."""
+
+    def train(self, locals: Sequence[Local]) -> list[Outcome]:
+        """Return what came of every Local."""
+        return [train_alone(local) for local in locals]
 
 
 @contextmanager

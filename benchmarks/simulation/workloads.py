@@ -169,7 +169,7 @@ WORKLOADS = {
             rate=0.1,
             records=pictures,
         ),
-        _digits("small", SMALL, LAST_TWO, rate=1.0),
+        _digits("small", SMALL, LAST_TWO, rate=0.1),
         Workload(
             name="minilm",
             kind="text-classification",
@@ -187,7 +187,7 @@ WORKLOADS = {
             "full_depth",
             Model(base="vit", width=128, depth=4, heads=4, patch=2, image_size=8),
             Lora(rank=8, targets=("query", "value")),
-            rate=1.0,
+            rate=0.1,
         ),
     )
 }

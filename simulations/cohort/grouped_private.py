@@ -84,6 +84,8 @@ class GroupedGradients:
         Raises PrivacyError if a trained tensor has none, or not one per record.
         """
         self.chunk, self.found, self.calls = chunk, PerRecord(len(chunk)), {}
+        for p in self._parameters.values():
+            p.grad = None  # left by whoever trained with this model before
         logits = self._model(chunk.features, chunk.mask)
         losses = functional.cross_entropy(logits, chunk.labels, reduction="none")
         if not losses.requires_grad:

@@ -77,7 +77,7 @@ def _results(
     last = np.where((step < stop) & (step >= stop - epoch), counts, 0)
     finite = np.isfinite(losses)
     means = (np.where(finite, losses, 0.0) * last).sum(0) / last.sum(0)
-    fine = np.flatnonzero(finite.all(0)).tolist()
+    fine = set(np.flatnonzero(finite.all(0)).tolist())
     values = stacked.values.cpu().numpy()
     results: list[Learned | AnabranchError] = []
     for k, local in enumerate(locals):

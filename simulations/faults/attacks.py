@@ -28,6 +28,7 @@ from anabranch.protocols.errors import ConfigError
 from anabranch.simulations.faults.plan import Trigger
 
 LARGEST = float(np.finfo(np.float32).max)
+BEYOND = 1e84  # takes every float32 but 0 beyond LARGEST, and none of them out of float64
 
 
 def label_flip(records: Records, num_labels: int) -> Records:
@@ -105,6 +106,7 @@ def backdoor_success(
 
 def scaled(delta: Delta, factor: float, largest: float = LARGEST) -> Delta:
     """Return factor · delta, its values at most `largest` in magnitude; counts are the same."""
+    factor = float(np.clip(factor, -BEYOND, BEYOND))
     arrays = {
         name: np.clip(array.astype(np.float64) * factor, -largest, largest).astype(np.float32)
         for name, array in delta.arrays.items()
