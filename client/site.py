@@ -30,6 +30,7 @@ import torch
 
 from anabranch.client import feedback, personal
 from anabranch.client.data.records import Records, load_records, split
+from anabranch.client.ledger import Ledger
 from anabranch.client.local import Learned, Local, train_alone
 from anabranch.client.memory import give_back
 from anabranch.client.private_round import Books, PrivateRound, close_round, open_round
@@ -145,7 +146,7 @@ class Site:
         return self._file.max_rank
 
     @property
-    def ledger(self) -> Books:
+    def ledger(self) -> Ledger:
         """Return the site's privacy ledger."""
         return ledger_of(self.folder, self._file)
 
@@ -403,12 +404,17 @@ class Site:
                 assignment,
                 rows,
                 folder=self.folder,
-                ledger=self.ledger,
+                ledger=self.books,
                 budget=self._file.budget,
                 randomness=self._randomness(assignment),
             )
         except PrivacyError as error:
             raise self._outward(error) from error
+
+    @property
+    def books(self) -> Books:
+        """Return where a private round is reserved and settled: the site's ledger."""
+        return self.ledger
 
     def _randomness(self, assignment: Assignment) -> Randomness | None:
         """Return where the noise of a private round comes from; None: the operating system."""

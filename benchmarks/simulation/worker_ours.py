@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from anabranch.client.local import Local, train_alone
+from anabranch.client.local import Learned, Local, require_frozen
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.examples import collate
 from anabranch.client.tuning.lora import load_adapter, read_adapter
+from anabranch.client.tuning.training import fit
 from anabranch.protocols.adapter import Adapter
 from anabranch.server.rounds import RoundEngine
 from anabranch.simulations import engines
@@ -80,11 +81,28 @@ def run(job: Job, gate: Gate) -> None:
 
 
 class Alone(CohortEngine):
-    """Trains a cohort one after another: what the prefix cache is worth by itself."""
+    """Trains a cohort one after another: what the prefix cache is worth by itself.
+
+    As local.train_alone does, but the base is checked once a round, as for any cohort.
+    """
 
     def train(self, locals: Sequence[Local]) -> list[Outcome]:
-        """Return what came of every Local."""
-        return [train_alone(local) for local in locals]
+        """Return what came of every Local, none of them private or partial."""
+        outcomes: list[Outcome] = []
+        for local in locals:
+            load_adapter(local.classifier, local.start)
+            done = fit(
+                local.classifier,
+                local.examples,
+                local.training,
+                steps=local.steps,
+                schedule=local.schedule,
+                seed=local.seed,
+            )
+            after = read_adapter(local.classifier)
+            outcomes.append(Learned(after=after, steps=done.steps, loss=done.loss))
+        require_frozen(locals[0].classifier)
+        return outcomes
 
 
 @contextmanager

@@ -72,12 +72,6 @@ class VirtualSite(Site):
         self._shared_data, self._train, self._held = data, train, held
         self._books, self._conduct = books, conduct
 
-    @property
-    def ledger(self) -> Books:
-        """Return the books of this simulation."""
-        assert self._books is not None  # a population with [privacy] has them
-        return self._books
-
     def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         """Return how many (training, held-out) records there are, without making them."""
         return range(len(self._train)), range(len(self._held))
@@ -135,6 +129,12 @@ class VirtualSite(Site):
 
     def _require_one_configuration(self, assignment: Assignment) -> None:
         """A population lives as long as its run, which has one configuration."""
+
+    @property
+    def books(self) -> Books:
+        """Return the books of this simulation."""
+        assert self._books is not None  # a population with [privacy] has them
+        return self._books
 
     def _randomness(self, assignment: Assignment) -> Randomness | None:
         seed = self._conduct.noise_seed

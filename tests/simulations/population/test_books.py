@@ -154,9 +154,9 @@ def test_an_entry_is_settled_once_and_with_what_it_reserved() -> None:
 def test_every_client_of_a_population_has_books_of_its_own(tmp_path: Path) -> None:
     clients = dataclasses.replace(population(tmp_path, [5, 5, 5]), books=SimulatedBooks())
 
-    clients.site(1).ledger.reserve(rows("x"), "run", 1, SPEND)
+    clients.site(1).books.reserve(rows("x"), "run", 1, SPEND)
 
-    again = [clients.site(i).ledger for i in range(3)]
+    again = [clients.site(i).books for i in range(3)]
     assert [ledger.spent(rows("x"), DELTA) > 0 for ledger in again] == [False, True, False]
     assert isinstance(again[1], ClientBooks)
     assert again[1].client == "client-000001"
