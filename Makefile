@@ -16,6 +16,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/installed-demo
 	$(BIN)/anabranch demo
 
+# Tests are many small steps: a second thread would only wait for the first.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
 test: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m pytest -m "not slow"
 

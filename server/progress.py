@@ -9,6 +9,12 @@ again, and every noisy mean of a client-private run leaves at most once, because
 before anything of it is written. What was under way is not in it: a round that was not merged is
 asked again from its beginning, and what its sites still say to the old questions is dropped.
 
+Sites are asked as often as that takes. Most of what a site does depends on its records and on what
+it was sent, so it answers the same. Three things go on from the first answer: the error-feedback
+memory, tensors that a method keeps at the site (fedsa, a local head) with the private adapter,
+and the privacy ledger, in which a round that is trained twice counts twice, so that a later one
+may be refused.
+
 A Progress holds values only, no connection, file, clock or key. Once handed out it does not change.
 """
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -50,6 +51,7 @@ from anabranch.simulations.virtual_grid import (
 
 Engine = Literal["sequential", "cohort", "ray", "flower"]
 VIRTUAL = frozenset({"sequential", "cohort", "ray"})  # engines that know virtual time
+COHORTS = frozenset({"cohort", "ray"})  # engines that train a round's clients together
 
 
 def run(
@@ -88,10 +90,7 @@ def run(
             f"{', '.join(sorted(VIRTUAL))}"
         )
 
-    if base_dtype != "fp32" and engine not in ("cohort", "ray"):
-        raise ConfigError(
-            f'base_dtype = "{base_dtype}" is for engine "cohort" or "ray", not "{engine}"'
-        )
+    require_base_dtype(base_dtype, engine)
 
     def coordinate(grid: Grid, **time: Any) -> Result:
         settings = {**rounds, **time}
@@ -134,6 +133,15 @@ def run(
         return coordinate(virtual, **time)
 
 
+def require_base_dtype(base_dtype: BaseDtype, engine: Engine, where: str = "") -> None:
+    """Raise ConfigError, beginning with `where`, for an engine that has no such base."""
+    if base_dtype != "fp32" and engine not in COHORTS:
+        raise ConfigError(
+            f'{where}base_dtype = "{base_dtype}" is for engine "cohort" or "ray", not "{engine}": '
+            "take one of them, or leave base_dtype out"
+        )
+
+
 @contextmanager
 def _executor(
     engine: Engine,
@@ -153,7 +161,19 @@ def _executor(
         with local_workers(clients, workers, base_dtype) as processes:
             yield Sharded(clients, processes, pinned=_keeps(config))
     else:
-        yield CohortExecutor(site_of(clients), CohortEngine(base_dtype))
+        with _one_thread():
+            yield CohortExecutor(site_of(clients), CohortEngine(base_dtype))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: for small layers two are slower; workers use further cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _keeps(config: RunConfig) -> bool:

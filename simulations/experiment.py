@@ -3,6 +3,7 @@
     experiment.toml     run = "run.toml"             the run all parties agree on
                         engine = "sequential"        or "cohort", "ray", "flower" (engines.py)
                         workers = 1                  clients, or shards of a cohort, at a time
+                        base_dtype = "fp32"          or "bf16": frozen weights (cohort/precision.py)
                         seed = 0                     instead of the seed in run.toml
                         validation = "dev.csv"       the coordinator's: chooses the best round
                         test = "test.csv"            the coordinator's: touched once, at the end
@@ -44,6 +45,7 @@ from anabranch.server.outcome import Finished
 from anabranch.server.store import RunFolder, new_run
 from anabranch.simulations import engines
 from anabranch.simulations.clock.table import ClockTable
+from anabranch.simulations.cohort.precision import BaseDtype
 from anabranch.simulations.experiments.file import decode_file
 from anabranch.simulations.experiments.settings import Tree, changed, decode, encode, file_of
 from anabranch.simulations.faults.plan import FaultPlan, read_plan
@@ -68,6 +70,7 @@ class Experiment:
     engine: engines.Engine = "sequential"
     workers: int = 1
     device: Device = "cpu"
+    base_dtype: BaseDtype = "fp32"  # of the frozen weights, where a cohort multiplies them
     validation: Path | None = None
     test: Path | None = None
     targets: tuple[float, ...] = ()
@@ -155,6 +158,7 @@ def experiment_of(source: Source, changes: Mapping[str, Any], seed: int | None) 
         engine=file.engine,
         workers=file.workers,
         device=file.device,
+        base_dtype=file.base_dtype,
         validation=None if file.validation is None else folder / file.validation,
         test=None if file.test is None else folder / file.test,
         targets=file.targets,
@@ -244,6 +248,7 @@ def federate(
         initial_adapter(config),
         run_name=run,
         workers=experiment.workers,
+        base_dtype=experiment.base_dtype,
         evaluate=watched(experiment, watch),
         checkpoint=folder.checkpoint,
         event=event,

@@ -141,6 +141,7 @@ def digests(experiment: Experiment) -> tuple[str, str]:
         "experiment": experiment.facts(),
         "engine": experiment.engine,
         "device": experiment.device,
+        "base_dtype": experiment.base_dtype,
     }
     files = experiment.files()
     return digest({**alike, "seed": experiment.config.seed}, files), digest(alike, files)

@@ -48,7 +48,7 @@ class Job:
     layout: str = "default"  # of images: "default" or "last"
     padding: str = "batch"  # of texts: "batch" or "fixed"
     engine: Literal["cohort", "alone", "ray"] = "cohort"  # ours
-    base_dtype: str = "fp32"  # ours
+    base_dtype: Literal["fp32", "bf16"] = "fp32"  # ours
     nodes: int = 0  # of a Ray cluster on this machine; ours
     shared: int = 0  # records that all clients draw theirs from; 0: each has its own; ours
 

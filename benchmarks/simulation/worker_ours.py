@@ -76,6 +76,7 @@ def run(job: Job, gate: Gate) -> None:
             adapter,
             run_name="bench",
             workers=job.workers,
+            base_dtype=job.base_dtype,
             checkpoint=report,
         )
 

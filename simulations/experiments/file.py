@@ -30,6 +30,7 @@ class ExperimentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     engine: engines.Engine = "sequential"
     workers: Count = 1
     device: Device = "cpu"
+    base_dtype: BaseDtype = "fp32"  # "bf16": of engines that train cohorts (cohort/precision.py)
     seed: int | None = None  # None: that of run.toml
     validation: str | None = None
     test: str | None = None
@@ -50,6 +51,7 @@ def decode_file(file: bytes, path: Path) -> ExperimentFile:
 
 def _check(path: Path, file: ExperimentFile) -> None:
     """Refuse what single fields cannot say."""
+    engines.require_base_dtype(file.base_dtype, file.engine, f"{path}: ")
     if file.population is not None:
         _check_population(path, file)
         return

@@ -164,6 +164,7 @@ def federate_population(
                 world.adapter,
                 run_name=run,
                 workers=experiment.workers,
+                base_dtype=experiment.base_dtype,
                 device=experiment.device,
                 journeys=world.journeys if faults is None else faults.journeys(world.journeys),
                 tampering=None if faults is None else faults.tampering,

@@ -17,7 +17,9 @@ from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Dense, Examples, Ragged
 from anabranch.client.tuning.lora import trainable_parameters
+from anabranch.client.tuning.tables import TableClassifier
 from anabranch.client.tuning.training import Schedule
+from anabranch.client.tuning.vision import ImageClassifier
 from anabranch.protocols.adapter import WHOLE, Adapter
 from anabranch.protocols.errors import AnabranchError
 from anabranch.protocols.part import Part
@@ -56,7 +58,8 @@ TEXTS = {
 def tables_and_images(make_config: Any) -> dict[str, Classifier]:
     """Return name -> classifier."""
     made = {}
-    for kind, cases in {"tabular": TABLES, "image": IMAGES}.items():
+    kinds: dict[str, dict[str, Any]] = {"tabular": TABLES, "image": IMAGES}
+    for kind, cases in kinds.items():
         for name, (base, model, lora) in cases.items():
             config = make_config(base, f"{kind}-classification", lora=lora, **model)
             made[name] = scattered(load_classifier(config))
@@ -100,13 +103,13 @@ class Client:
 
 def features(classifier: Classifier, records: int, rng: torch.Generator) -> list[Tensor]:
     """Return random inputs of the first stage above the cut, texts of 1 to 9 tokens."""
-    if hasattr(classifier, "image_shape"):
+    if isinstance(classifier, ImageClassifier):
         shape: tuple[int, ...] = (
             classifier.image_shape if classifier.cut == 0 else (4, VIT["width"])
         )
-        return list(torch.randn(records, *shape, generator=rng))
-    if hasattr(classifier, "num_features"):
-        return list(torch.randn(records, classifier.num_features, generator=rng))
+        return list(torch.randn((records, *shape), generator=rng))
+    if isinstance(classifier, TableClassifier):
+        return list(torch.randn((records, classifier.num_features), generator=rng))
     lengths = torch.randint(1, 10, (records,), generator=rng).tolist()
     if classifier.cut == 0:
         return [torch.randint(3, 38, (n,), generator=rng) for n in lengths]

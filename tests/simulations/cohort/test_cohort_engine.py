@@ -317,7 +317,7 @@ def test_a_layer_that_is_used_in_an_unknown_way_is_trained_alone(
     run = type(classifier).run
 
     def once_more(self: Classifier, h: torch.Tensor, *rest: Any) -> torch.Tensor:
-        self.base.hidden[0](h[:1])
+        self.base.get_submodule("hidden.0")(h[:1])
         return run(self, h, *rest)
 
     monkeypatch.setattr(type(classifier), "run", once_more)
@@ -370,5 +370,5 @@ def test_a_kept_head_starts_where_each_client_left_it(classifiers: dict[str, Cla
     clients = [Client(seed=i, part=Part(dense=False), kept=KEPT_HEAD) for i in range(2)]
     locals = cohort(classifiers["vit"], clients)
     require_equal(CohortEngine().train(locals), one_by_one(locals))
-    heads = [local.start.arrays["head.weight"] for local in locals]
-    assert not np.array_equal(*heads)
+    first, second = (local.start.arrays["head.weight"] for local in locals)
+    assert not np.array_equal(first, second)

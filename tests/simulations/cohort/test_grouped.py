@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.lora import trainable_parameters
+from anabranch.client.tuning.vision import ImageClassifier
 from anabranch.simulations.cohort.grouped import Unbatchable, grouped, why_not
 from tests.client.tuning.conftest import make_config  # noqa: F401 - a fixture
 from tests.simulations.cohort.cohort_rig import IMAGES, TABLES, VIT, tables_and_images
@@ -37,7 +38,8 @@ def values_of(classifier: Classifier, clients: int) -> dict[str, Tensor]:
 def batch_of(classifier: Classifier, records: int) -> Tensor:
     rng = torch.Generator().manual_seed(2)
     if classifier.cut == 0 and hasattr(classifier, "image_shape"):
-        return torch.randn(records, *classifier.image_shape, generator=rng, dtype=DOUBLE)
+        assert isinstance(classifier, ImageClassifier)
+        return torch.randn((records, *classifier.image_shape), generator=rng, dtype=DOUBLE)
     shape = (4, VIT["width"]) if hasattr(classifier, "image_shape") else (5,)
     return torch.randn(records, *shape, generator=rng, dtype=DOUBLE)
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from anabranch.client.data.records import load_records
 from anabranch.protocols.config import RunConfig
 from anabranch.server.evaluation import initial_adapter
 from anabranch.simulations import engines
@@ -28,6 +30,8 @@ from anabranch.simulations.faults.plan import (
     Scale,
 )
 from anabranch.simulations.population.books import SimulatedBooks
+from anabranch.simulations.population.clients import Partition, PopulationClients
+from tests.runs import table_run, write_table
 from tests.simulations.faults.faulty import Steady, expected_value, run_faulty, toys
 from tests.simulations.faults.liars import clients, digits_run, faults_of
 from tests.simulations.rig import config
@@ -131,10 +135,55 @@ def spent(folder: Path, *plan: Any) -> tuple[int, list[str]]:
 
 
 def test_a_crash_in_training_leaves_its_reserve_spent(tmp_path: Path) -> None:
-    assert spent(tmp_path) == (3, [])
     assert spent(tmp_path, Crash(client=0, round=3)) == (3, ["deadline"])
 
 
 def test_who_is_asked_twice_spends_twice_and_is_refused_in_the_last_round(tmp_path: Path) -> None:
     """Known: a site keeps no answer to give again, so a round that is asked twice costs twice."""
     assert spent(tmp_path, Duplicate(client=0, round=1, of="request")) == (3, ["privacy"])
+
+
+# What a site keeps goes on
+
+
+def trained_again(folder: Path, method: str, at: str) -> bool:
+    """Whether real clients end with the same adapter as without a restart in round 1."""
+    adapters = []
+    for i, plan in enumerate(([], [msgspec.convert({**RESTART, "at": at}, Restart)])):
+        run = table_run(("rounds = 2", f'rounds = 2\nmethod = "{method}"'))
+        write_table(folder / "t.csv", n=60)
+        starts, none = np.arange(4, dtype=np.int64) * 20, np.zeros(3, np.int64)
+        parts = Partition(np.arange(60, dtype=np.int64), starts, none)
+        records = load_records(folder / "t.csv", run)
+        population = PopulationClients(records, parts, folder / str(i))
+        faults = faults_of(plan, population, run)
+        result = engines.run(
+            "sequential",
+            run,
+            population,
+            initial_adapter(run),
+            run_name="tiny-1",
+            journeys=faults.journeys(),
+            tampering=faults.tampering,
+            restarts=faults.restarts,
+        )
+        adapters.append(b"".join(a.tobytes() for a in result.adapter.arrays.values()))
+    return adapters[0] == adapters[1]
+
+
+RESTART = {"kind": "restart", "round": 1, "answers": 3}
+
+
+@pytest.mark.parametrize("method", ["fedavg", "altqr"])
+@pytest.mark.parametrize("at", ["training", "merging"])
+def test_clients_that_keep_nothing_answer_the_same_again(
+    tmp_path: Path, method: str, at: str
+) -> None:
+    assert trained_again(tmp_path, method, at)
+
+
+def test_clients_that_keep_a_part_go_on_from_their_first_answer(tmp_path: Path) -> None:
+    """Known: what they keep is that of the last answer, whether it was merged or not."""
+    assert trained_again(tmp_path, "fedsa", "before-checkpoint")
+    (tmp_path / "again").mkdir()
+    assert not trained_again(tmp_path / "again", "fedsa", "merging")
