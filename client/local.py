@@ -19,7 +19,7 @@ from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.private import PrivateFit, fit_private
 from anabranch.client.tuning.training import Schedule, fit
 from anabranch.protocols.adapter import WHOLE, Adapter
-from anabranch.protocols.errors import ModelError
+from anabranch.protocols.errors import DataError, ModelError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Training
 
@@ -48,14 +48,15 @@ class Learned:
 
     after: Adapter
     steps: int
-    loss: float | None = None  # mean training loss of the last epoch; None in a private round
+    loss: float | None = None  # mean training loss of the last epoch; None: private, or no step
     private: PrivateFit | None = None
 
 
 def train_alone(local: Local) -> Learned:
     """Train one site on its own classifier.
 
-    Raises RunError for a loss that is not finite, PrivacyError if privacy cannot be established,
+    No steps learn nothing: the loss is None. Raises RunError for a loss that is not finite,
+    DataError for steps without records, PrivacyError if privacy cannot be established,
     IncompatibleAdapter for a part that is not there, ModelError if the frozen base changed.
     """
     load_adapter(local.classifier, local.start)
@@ -70,7 +71,14 @@ def require_frozen(classifier: Classifier) -> None:
         raise ModelError("the frozen base changed during training: nothing is sent")
 
 
+def require_records(local: Local) -> None:
+    """Raise DataError for steps without a record to take them on."""
+    if local.steps and not len(local.examples):
+        raise DataError(f"{local.name}: {local.steps} steps, but no records to train on")
+
+
 def _fit(local: Local) -> Learned:
+    require_records(local)
     result = fit(
         local.classifier,
         local.examples,

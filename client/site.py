@@ -286,7 +286,7 @@ class Site:
             raise DataError("no held-out records: set training.holdout above 0")
         classifier, start = self._shared(assignment, adapter)
         load_adapter(classifier, start)
-        features = self._models.cache(config).prepare(classifier, held.inputs)
+        features = self._held_features(config, classifier, held)
         metrics = evaluate(predict(classifier, features), held.labels)
         beside = self._private(assignment, adapter)
         if beside is not None and beside.trained:
@@ -392,6 +392,12 @@ class Site:
             features = self._models.cache(config).prepare(classifier, train.inputs)
             self._prepared = {key: (train, features)}
         return features
+
+    def _held_features(
+        self, config: RunConfig, classifier: Classifier, held: Records
+    ) -> Sequence[torch.Tensor]:
+        """Return the held-out records as `predict` takes them."""
+        return self._models.cache(config).prepare(classifier, held.inputs)
 
     def _steps(self, assignment: Assignment, num_examples: int) -> int:
         """Return the optimiser steps of this round."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +29,52 @@ class Adapter:
 
     spec: AdapterSpec
     arrays: Arrays
+    # All values, tensor after tensor, where the arrays are views of it; None: they lie apart.
+    row: NDArray[np.float32] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arrays", checked(self.spec, self.arrays))
+
+    @classmethod
+    def of_rows(
+        cls, spec: AdapterSpec, rows: NDArray[np.float32]
+    ) -> list[Adapter | IncompatibleAdapter]:
+        """Return one adapter of views per row of `rows` (K, values), all checked at once.
+
+        A row that is not finite gives the error that its adapter would have raised. Raises
+        IncompatibleAdapter for rows of another length or type.
+        """
+        if rows.dtype != np.float32 or rows.shape[1:] != (spec.num_values,):
+            raise IncompatibleAdapter(
+                f"rows: expected float32 of {spec.num_values} values, got {rows.dtype} of shape "
+                f"{rows.shape}"
+            )
+        found: list[Adapter | IncompatibleAdapter] = []
+        for row, finite in zip(rows, np.isfinite(rows).all(1).tolist(), strict=True):
+            if finite:
+                one = object.__new__(cls)
+                one.__dict__.update(spec=spec, arrays=dict(_cut(spec, row)), row=row)
+                found.append(one)
+                continue
+            try:
+                found.append(cls(spec, dict(_cut(spec, row))))
+            except IncompatibleAdapter as error:
+                found.append(error)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the row: in a copy the arrays are no views of it."""
+        return {"spec": self.spec, "arrays": self.arrays}
 
     def minus(
         self, before: Adapter, *, num_examples: int, part: Part = WHOLE, steps: int = 0
     ) -> Delta:
         """Return what training changed in `part`: self − before."""
         require_same_spec(before.spec, self.spec)
+        if part.whole and self.row is not None and before.row is not None:
+            return Delta.of_row(
+                self.spec, self.row - before.row, num_examples, part=part, steps=steps
+            )
         if part.whole:
             arrays = {name: array - before.arrays[name] for name, array in self.arrays.items()}
         else:
@@ -68,13 +106,46 @@ class Delta:
     num_examples: int  # local records behind this delta
     part: Part = WHOLE
     steps: int = 0  # local optimiser steps behind this delta; 0: not said
+    # As in an Adapter.
+    row: NDArray[np.float32] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_examples", "steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        _require_counts(self.num_examples, self.steps)
         shapes = self.part.shapes(self.spec)
         object.__setattr__(self, "arrays", checked_shapes(shapes, self.arrays))
+
+    @classmethod
+    def of_row(
+        cls,
+        spec: AdapterSpec,
+        row: NDArray[np.float32],
+        num_examples: int,
+        *,
+        part: Part = WHOLE,
+        steps: int = 0,
+    ) -> Delta:
+        """Return the delta of a whole adapter with the values `row`, checked at once.
+
+        Raises what the constructor does.
+        """
+        if not part.whole or row.shape != (spec.num_values,):
+            raise IncompatibleAdapter(
+                f"row: expected {spec.num_values} values of a whole adapter, got shape {row.shape} "
+                f"of {part}"
+            )
+        arrays = dict(_cut(spec, row))
+        if row.dtype != np.float32 or not np.isfinite(row).all():
+            return cls(spec, arrays, num_examples, part=part, steps=steps)  # says which tensor
+        _require_counts(num_examples, steps)
+        one = object.__new__(cls)
+        one.__dict__.update(
+            spec=spec, arrays=arrays, num_examples=num_examples, part=part, steps=steps, row=row
+        )
+        return one
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the row: in a copy the arrays are no views of it."""
+        return {name: value for name, value in self.__dict__.items() if name != "row"}
 
     def plus(self, other: Delta) -> Delta:
         """Return self + other; examples and steps add up."""
@@ -98,8 +169,35 @@ class Delta:
 
     def norm(self) -> float:
         """Return the Euclidean norm over all values, accumulated in float64."""
-        wide = (array.astype(np.float64).reshape(-1) for array in self.arrays.values())
+        if self.row is None:
+            wide = [array.astype(np.float64).reshape(-1) for array in self.arrays.values()]
+        else:
+            row = self.row.astype(np.float64)
+            wide = [row[start:stop] for _, start, stop, _ in _bounds(self.spec)]
         return math.sqrt(sum(float(np.dot(a, a)) for a in wide))
+
+
+def _bounds(spec: AdapterSpec) -> Iterator[tuple[str, int, int, Shape]]:
+    """Yield (name, first, last + 1, shape) of every tensor in a row of all values."""
+    start = 0
+    for name, shape in spec.tensors:
+        stop = start + math.prod(shape)
+        yield name, start, stop, shape
+        start = stop
+
+
+def _cut(
+    spec: AdapterSpec, row: NDArray[np.float32]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (name, view) of every tensor in a row of all values."""
+    for name, start, stop, shape in _bounds(spec):
+        yield name, row[start:stop].reshape(shape)
+
+
+def _require_counts(num_examples: int, steps: int) -> None:
+    for name, count in (("num_examples", num_examples), ("steps", steps)):
+        if count < 0:
+            raise ValueError(f"expected {name} >= 0, got {count}")
 
 
 def checked(spec: AdapterSpec, arrays: Arrays) -> dict[str, NDArray[np.float32]]:

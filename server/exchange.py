@@ -28,6 +28,9 @@ from anabranch.server.result import SiteRow
 from anabranch.server.roster import Roster
 
 
+NEW = SiteRow()
+
+
 class Events(Protocol):
     """Where the engine tells what happens, as it happens; server/store.py writes it down."""
 
@@ -57,8 +60,9 @@ class Exchange:
         self._mail = Mailbox(grid, deadline_s=config.federation.deadline_s)
         self.roster = Roster(self._mail, pack_describe(Describe(run=run, config=config)))
         self._open: list[Question[Any]] = []
+        self._ordered = 0  # sites, when they were put in order
 
-    def connect(self, number: int) -> dict[str, Peer]:
+    def connect(self, number: int) -> Mapping[str, Peer]:
         """Return the sites that have nothing left to answer, once there are enough of them.
 
         Raises RunError if there are fewer than the quorum after `connect_s`.
@@ -91,7 +95,7 @@ class Exchange:
             if size is None:  # many sites share one content
                 size = sizes[id(content)] = payload_bytes(content)
             question.bytes_down += size
-            peer, row = question.peers[name], self.sites.get(name, SiteRow())
+            peer, row = question.peers[name], self.sites.get(name, NEW)
             self.sites[name] = msgspec.structs.replace(
                 row, bytes_down=row.bytes_down + size, max_rank=peer.max_rank
             )
@@ -120,7 +124,13 @@ class Exchange:
 
     def count(self, site: str, **counts: float) -> None:
         """Add to a site's row."""
-        self.sites[site] = self.sites.get(site, SiteRow()).plus(**counts)
+        self.sites[site] = self.sites.get(site, NEW).plus(**counts)
+
+    def rows(self) -> dict[str, SiteRow]:
+        """Return a copy of all rows, ascending by site."""
+        if len(self.sites) != self._ordered:
+            self.sites, self._ordered = dict(sorted(self.sites.items())), len(self.sites)
+        return dict(self.sites)
 
     def _listen(self) -> None:
         """Take in every answer that is there."""

@@ -11,8 +11,7 @@ A reply is matched by the id of the message it answers, never by its source: err
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -115,16 +114,22 @@ class Mailbox:
         self._grid = grid
         self._ttl = max(float(DEFAULT_TTL), 2 * deadline_s)  # a late reply can still be fetched
         self._open: dict[str, Letter] = {}
-        self._waiting: Counter[int] = Counter()  # node -> open letters
+        self._waiting: dict[int, int] = {}  # node -> open letters, where there are any
+        self._ids: Sequence[int] | None = None  # what the grid said last of the nodes
+        self._nodes: frozenset[int] = frozenset()
         self._undelivered: list[tuple[Letter, RecordDict | Failure]] = []
 
-    def nodes(self) -> set[int]:
-        """Return the ids of the nodes that are connected now."""
-        return set(self._grid.get_node_ids())
+    def nodes(self) -> frozenset[int]:
+        """Return the ids of the nodes that are connected now; the same object while they are."""
+        ids = self._grid.get_node_ids()
+        own = ids if isinstance(ids, range) else list(ids)
+        if own != self._ids:
+            self._ids, self._nodes = own, frozenset(own)
+        return self._nodes
 
-    def waits_for(self, node: int) -> bool:
-        """Whether a letter to this node has not been answered yet."""
-        return self._waiting[node] > 0
+    def busy(self) -> Set[int]:
+        """Return the nodes that have not answered a letter yet."""
+        return self._waiting.keys()
 
     def send(self, letters: Sequence[tuple[Letter, RecordDict]]) -> None:
         """Push the letters; one that Flower does not take comes back as a Failure."""
@@ -136,7 +141,7 @@ class Mailbox:
         for (letter, _), message in zip(letters, pushed, strict=True):
             if message.metadata.message_id in taken:
                 self._open[message.metadata.message_id] = letter
-                self._waiting[letter.node] += 1
+                self._waiting[letter.node] = self._waiting.get(letter.node, 0) + 1
             else:
                 failure = Failure("flower", "the message could not be handed to the node")
                 self._undelivered.append((letter, failure))
@@ -148,9 +153,14 @@ class Mailbox:
         for reply in replies:
             letter = self._open.pop(reply.metadata.reply_to_message_id, None)
             if letter is not None:  # else: an answer to nothing that is still open
-                self._waiting[letter.node] -= 1
+                self._answered(letter.node)
                 arrived.append((letter, _outcome(letter, reply)))
         return arrived
+
+    def _answered(self, node: int) -> None:
+        left = self._waiting.pop(node) - 1
+        if left:
+            self._waiting[node] = left
 
 
 def _outcome(letter: Letter, reply: Message) -> RecordDict | Failure:

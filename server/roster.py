@@ -6,6 +6,8 @@ node is asked once who it is, and from then on names count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flwr.app import RecordDict
 
 from anabranch.client.flower import DESCRIBE
@@ -13,7 +15,10 @@ from anabranch.server.flower import Failure, Letter, Mailbox, Peer, read_describ
 
 
 class Roster:
-    """The connected sites, and the nodes that cannot take part."""
+    """The connected sites, and the nodes that cannot take part.
+
+    What is asked again and again is found out anew only when something has changed.
+    """
 
     def __init__(self, mailbox: Mailbox, describe: RecordDict) -> None:
         self._mail = mailbox
@@ -23,46 +28,70 @@ class Roster:
         self._peers: dict[int, Peer] = {}
         self._names: dict[str, list[Peer]] | None = None  # all peers by name; None: to be made
         self._failures: dict[int, Failure] = {}
+        self._changed = False  # whether somebody was asked or heard since `give_up`
+        # The nodes that were connected when something was found to hold; None: find out.
+        self._all_asked: frozenset[int] | None = None
+        self._all_known: frozenset[int] | None = None
+        self._single: tuple[frozenset[int], dict[str, Peer]] | None = None
 
     def retry(self) -> None:
         """Forget refusals: a site may have been put right since."""
-        self._asked -= self._failures.keys()
-        self._failures.clear()
+        if self._failures:
+            self._asked -= self._failures.keys()
+            self._failures.clear()
+            self._changed = True
+            self._all_asked = self._all_known = None
 
     def invite(self) -> None:
         """Ask every node that was not asked yet who it is."""
-        new = sorted(self._mail.nodes() - self._asked)
+        nodes = self._mail.nodes()
+        if nodes is self._all_asked:
+            return
+        new = sorted(nodes - self._asked)
         self._asked |= set(new)
         self._mail.send([(Letter(DESCRIBE, 0, node, ""), self._describe) for node in new])
+        self._all_asked, self._all_known, self._changed = nodes, None, True
 
     def settled(self) -> bool:
         """Whether no connected node is still to be waited for."""
-        known = self._peers.keys() | self._failures.keys()
-        return (self._mail.nodes() & self._asked) - self._silent <= known
+        nodes = self._mail.nodes()
+        if nodes is not self._all_known:
+            known = self._peers.keys() | self._failures.keys()
+            if not (nodes & self._asked) - self._silent <= known:
+                return False
+            self._all_known = nodes
+        return True
 
     def give_up(self) -> None:
         """Wait no longer for nodes that have not answered; if they do, they are welcome."""
-        self._silent = self._asked - self._peers.keys() - self._failures.keys()
+        if self._changed:
+            self._silent = self._asked - self._peers.keys() - self._failures.keys()
+            self._changed = False
 
     def hear(self, node: int, answer: RecordDict | Failure) -> Peer | Failure:
         """Take a node's answer to an invitation."""
-        described = read_described(answer, node)
+        described, self._changed = read_described(answer, node), True
         if isinstance(described, Failure):
             self._failures[node] = described
         else:
             self._peers[node], self._names = described, None
+            self._single = None
         return described
 
-    def available(self) -> dict[str, Peer]:
+    def available(self) -> Mapping[str, Peer]:
         """Return name -> site of those that are connected and have nothing left to answer.
 
-        Ascending. Two nodes of one name are left out, both: which is meant cannot be told.
+        Ascending, and not to be changed. Two nodes of one name are left out, both: which is
+        meant cannot be told.
         """
-        return {
-            name: peers[0]
-            for name, peers in self._online().items()
-            if len(peers) == 1 and not self._mail.waits_for(peers[0].node)
-        }
+        nodes, busy = self._mail.nodes(), self._mail.busy()
+        if self._single is None or self._single[0] is not nodes:
+            online = self._online().items()
+            self._single = nodes, {name: one[0] for name, one in online if len(one) == 1}
+        single = self._single[1]
+        if not busy:
+            return single
+        return {name: peer for name, peer in single.items() if peer.node not in busy}
 
     def problems(self) -> list[str]:
         """Return one line for every connected node that cannot take part."""

@@ -296,7 +296,7 @@ class RoundEngine:
         return now
 
     def _rows(self) -> dict[str, SiteRow]:
-        return dict(sorted(self._exchange.sites.items()))
+        return self._exchange.rows()
 
     def _noised(self, number: int, state: ClientPrivate[Any]) -> None:
         """Check the round's noise against the plan before anything of it is written."""

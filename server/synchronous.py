@@ -94,7 +94,8 @@ class Synchronous:
         if federation.over_selection and federation.cohort is not None:
             self._wait_for_first(question, federation.cohort, started, deadline)
         for name in question.peers:
-            self._until(question, partial(question.heard, name), started, deadline)
+            if not question.heard(name):
+                self._until(question, partial(question.heard, name), started, deadline)
             if name in question.deltas:
                 yield question.deltas.pop(name)
             else:

@@ -84,13 +84,7 @@ def run(
     """
     clients = FolderClients(sites, open_site) if isinstance(sites, Mapping) else sites
     simulated = journeys is not None or tampering is not None or bool(restarts)
-    if simulated and engine not in VIRTUAL:
-        raise ConfigError(
-            f'engine = "{engine}" runs in real time: devices and faults need one of '
-            f"{', '.join(sorted(VIRTUAL))}"
-        )
-
-    require_base_dtype(base_dtype, engine)
+    require_engine(engine, virtual=simulated, base_dtype=base_dtype)
 
     def coordinate(grid: Grid, **time: Any) -> Result:
         settings = {**rounds, **time}
@@ -133,8 +127,15 @@ def run(
         return coordinate(virtual, **time)
 
 
-def require_base_dtype(base_dtype: BaseDtype, engine: Engine, where: str = "") -> None:
-    """Raise ConfigError, beginning with `where`, for an engine that has no such base."""
+def require_engine(
+    engine: Engine, *, virtual: bool = False, base_dtype: BaseDtype = "fp32", where: str = ""
+) -> None:
+    """Raise ConfigError, beginning with `where`, for an engine that cannot do what is asked."""
+    if virtual and engine not in VIRTUAL:
+        raise ConfigError(
+            f'{where}engine = "{engine}" runs in real time: [devices], [clock] and [faults] need '
+            f"one of {', '.join(sorted(VIRTUAL))}"
+        )
     if base_dtype != "fp32" and engine not in COHORTS:
         raise ConfigError(
             f'{where}base_dtype = "{base_dtype}" is for engine "cohort" or "ray", not "{engine}": '

@@ -148,6 +148,12 @@ def experiment_of(source: Source, changes: Mapping[str, Any], seed: int | None) 
     config = parse(run_toml, source=str(source.run))
     if file.seeded_noise and config.privacy is None:
         raise ConfigError(f"{source.path}: seeded_noise is for runs with [privacy]: leave it out")
+    if config.privacy is not None and file.clock is not None and file.clock.partial_work:
+        raise ConfigError(
+            f"{source.path}: clock.partial_work = true does not go with [privacy]: the number of "
+            "noisy steps is fixed in advance, and fewer would tell how fast a client is. Leave "
+            "partial_work out"
+        )
     require_shared_model(config, validation=file.validation, test=file.test)
     folder = source.path.parent
     return Experiment(

@@ -21,6 +21,7 @@ from anabranch.protocols.tables import Device
 from anabranch.server.client_privacy import plan_of
 from anabranch.server.outcome import Finished, conclude
 from anabranch.server.store import RunFolder
+from anabranch.simulations import engines
 from anabranch.simulations.engines import Engine
 from anabranch.simulations.experiment import (
     Experiment,
@@ -70,10 +71,17 @@ def simulate(
 
 
 def override(experiment: Experiment, **given: Any) -> Experiment:
-    """Return the experiment with those fields replaced that are not None."""
-    return dataclasses.replace(
+    """Return the experiment with those fields replaced that are not None.
+
+    Raises ConfigError for an engine that cannot do what the experiment asks for.
+    """
+    overridden = dataclasses.replace(
         experiment, **{name: value for name, value in given.items() if value is not None}
     )
+    engines.require_engine(
+        overridden.engine, virtual=overridden.time == "virtual", base_dtype=overridden.base_dtype
+    )
+    return overridden
 
 
 def perform(experiment: Experiment, output: Path, told: Told) -> dict[str, Any]:

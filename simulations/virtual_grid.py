@@ -162,10 +162,10 @@ class VirtualGrid(Grid):
         """Return a message; deprecated by Flower, which still asks every Grid for it."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def get_node_ids(self) -> list[int]:
+    def get_node_ids(self) -> Sequence[int]:
         """Return the ids of the clients that are connected now."""
         if self._journeys is None:
-            return list(range(FIRST_NODE, FIRST_NODE + self._clients))
+            return range(FIRST_NODE, FIRST_NODE + self._clients)
         return [FIRST_NODE + client for client in self._journeys.reachable(self._now)]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

@@ -156,8 +156,9 @@ class Activations:
                 taken = source.index_select(0, runs(where, length[here]).to(source.device))
                 found.append((runs(target[here], length[here]), taken))
         found += self._again(rows, target)
-        shape = found[0][1].shape[1:]
-        out = torch.empty((int(length.sum()), *shape), device=self._classifier.device)
+        assert self._memory is not None  # `features` has kept, or tried to keep, all of them
+        shape = (int(length.sum()), *self._memory.shape[1:])
+        out = torch.empty(shape, device=self._classifier.device)
         for where, what in found:
             out[where.to(out.device)] = what.to(out.device)
         return out, length

@@ -30,9 +30,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from opacus.accountants import PRVAccountant
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,7 +45,6 @@ from anabranch.client.tuning.flat import Flat
 from anabranch.client.tuning.known import unknown_tensors
 from anabranch.client.tuning.lora import trainable_parameters
 from anabranch.client.tuning.noisy import Gradients, PrivateStep
-from anabranch.client.tuning.opacus_engine import opacus_gradients
 from anabranch.client.tuning.probe import Probe
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.training import make_optimizer
@@ -110,7 +109,7 @@ def fit_private(
     if generator is not None:
         randomness = Randomness.reproducible(generator)
     randomness = randomness or Randomness.fresh()
-    accountant = PRVAccountant()
+    accountant = new_accountant()
     with only(classifier, part, kept) as active:
         try:
             with private_steps(
@@ -189,7 +188,16 @@ def _engine(
             "gradients per record come from Opacus: the fast path does not know the layers of %s",
             ", ".join(unknown),
         )
+    from anabranch.client.tuning.opacus_engine import opacus_gradients  # Opacus takes a second
+
     return opacus_gradients(classifier, active.parameters, weights)
+
+
+def new_accountant() -> Any:
+    """Return Opacus' PRVAccountant, which is told what was drawn."""
+    from opacus.accountants import PRVAccountant  # here and not above: it takes a second
+
+    return PRVAccountant()
 
 
 def require_as_planned(ran: Sequence[tuple[float, float, int]], planned: Spend) -> None:
@@ -212,7 +220,7 @@ def _run(
     plan: DpPlan,
     config: Training,
     steps: range,
-    accountant: PRVAccountant,
+    accountant: Any,
     probe: Probe | None,
 ) -> bool:
     """Take `steps` of the run; return False if there were records but every gradient was 0."""

@@ -27,7 +27,7 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate, fetch, lengths
 from anabranch.client.tuning.lora import HEAD
 from anabranch.protocols.adapter import WHOLE
-from anabranch.protocols.errors import RunError
+from anabranch.protocols.errors import DataError, RunError
 from anabranch.protocols.part import Part
 from anabranch.protocols.schedule import learning_rate_factor
 from anabranch.protocols.tables import Training
@@ -49,7 +49,7 @@ class Fit:
     """What a round of local training did."""
 
     steps: int
-    loss: float  # mean cross-entropy over the records of the last epoch
+    loss: float | None  # mean cross-entropy over the records of the last epoch; None: no step
     seconds: float
 
 
@@ -77,10 +77,13 @@ def fit(
 
     Every other value is the same afterwards, bit for bit, and adds nothing to the norm that
     is clipped. `penalty` is added to the loss of every step; the reported loss is without it.
-    Raises RunError if the loss is not finite, IncompatibleAdapter for a part that the adapter
-    does not have. Either way all tensors of the adapter can be trained afterwards.
+    No steps change nothing. Raises RunError if the loss is not finite, DataError for steps without
+    records, IncompatibleAdapter for a part that the adapter does not have. Either way all tensors
+    of the adapter can be trained afterwards.
     """
     started = time.perf_counter()
+    if steps and not len(examples):
+        raise DataError(f"{steps} steps, but no records to train on")
     with only(classifier, part, kept) as active:
         losses = _run(
             classifier,
@@ -93,9 +96,13 @@ def fit(
             proximal_mu=proximal_mu,
             penalty=penalty,
         )
-    last = losses[-math.ceil(len(examples) / training.batch_size) :]
-    mean = sum(x * n for x, n in last) / sum(n for _, n in last)
-    return Fit(steps=steps, loss=mean, seconds=time.perf_counter() - started)
+    loss = _mean(losses[-math.ceil(len(examples) / training.batch_size) :]) if steps else None
+    return Fit(steps=steps, loss=loss, seconds=time.perf_counter() - started)
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float:
+    """Return the mean over records of (mean, records) pairs."""
+    return sum(x * n for x, n in losses) / sum(n for _, n in losses)
 
 
 def _run(

@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-from anabranch.client.local import Learned, Local, require_frozen, train_alone
+from anabranch.client.local import Learned, Local, require_frozen, require_records, train_alone
 from anabranch.client.tuning.active import union
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Dense, lengths
 from anabranch.client.tuning.text import CUT_BETWEEN_LAYERS, TextClassifier
-from anabranch.protocols.errors import AnabranchError, ConfigError, DataError, ModelError
+from anabranch.protocols.errors import AnabranchError, ConfigError, ModelError
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import require_same_spec
 from anabranch.simulations.cohort.grouped import Unbatchable, why_not
@@ -89,8 +89,7 @@ class CohortEngine:
         if local.steps == 0:
             known.masks(local)  # refuses a part that is not there
             return Learned(after=local.start, steps=0)
-        if len(local.examples) == 0:
-            raise DataError(f"{local.name}: {local.steps} steps, but no records to train on")
+        require_records(local)
         return None
 
     def _together(self, locals: Sequence[Local], masks: Sequence[Masks]) -> list[Outcome]:

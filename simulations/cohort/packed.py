@@ -158,7 +158,7 @@ class Plan:
     lengths: Tensor  # (n,)
     start: Tensor  # (n,) first row of every record
     buckets: Sequence[Bucket]
-    into: Tensor  # (places,) piece of an output row that belongs here; any where there is padding
+    into: Tensor  # (places,) piece of an output row that belongs here; padding: of its record
     into3: Tensor  # (3 · places,) the same of query, key, value
     back: Tensor  # (R · heads,) place of every piece
     back3: Tensor  # (R · 3 · heads,)
@@ -181,7 +181,10 @@ class Plan:
         step = padded.repeat_interleave(padded)
         first = heads * (padded.cumsum(0) - padded).repeat_interleave(padded) + token
         place = first[:, None] + step[:, None] * torch.arange(heads)  # (tokens, heads)
-        piece = torch.where(real, row, 0)[:, None] * heads + torch.arange(heads)
+        # Padding reads its own record's first row: that of another could be infinite, and 0 times
+        # it is not 0.
+        own = start[order].repeat_interleave(padded)
+        piece = torch.where(real, row, own)[:, None] * heads + torch.arange(heads)
         places = place.numel()
         into = torch.empty(places, dtype=torch.int64)
         into[place.reshape(-1)] = piece.reshape(-1)
@@ -281,7 +284,11 @@ class _Pool(Function):
         share = (1.0 / plan.lengths).to(h)
         record = _record(plan, h.device)
         mean[record, torch.arange(len(h), device=h.device)] = share[record]
-        return mean @ h
+        pooled = mean @ h
+        if bool(pooled.isfinite().all()):
+            return pooled
+        # A client has diverged, and 0 times infinity is not 0: every record by itself.
+        return torch.zeros_like(pooled).index_add_(0, record, h * share[record][:, None])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

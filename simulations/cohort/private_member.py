@@ -9,17 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from opacus.accountants import PRVAccountant
 from torch import Tensor
 
 from anabranch.client.local import Local
 from anabranch.client.private_round import PrivateRound
 from anabranch.client.tuning.active import union
 from anabranch.client.tuning.noisy import add_noise, perturb
-from anabranch.client.tuning.private import first_norm, require_planned, require_separable
+from anabranch.client.tuning.private import (
+    first_norm,
+    new_accountant,
+    require_planned,
+    require_separable,
+)
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.spec import require_same_spec
 from anabranch.protocols.tables import Training
@@ -40,7 +45,7 @@ class Member:
     masks: Masks  # name -> where it is trained, None: all of it
     norm: float  # C of the next step
     randomness: Randomness
-    accountant: PRVAccountant = field(default_factory=PRVAccountant)
+    accountant: Any = field(default_factory=new_accountant)
     drawn: bool = False  # a record
     learned: bool = False  # a gradient was not 0
 

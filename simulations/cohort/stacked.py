@@ -58,15 +58,9 @@ class Layout:
         """Return an adapter as one row (P,). Raises IncompatibleAdapter for another spec."""
         if adapter.spec is not self.spec:
             require_same_spec(self.spec, adapter.spec)
+        if adapter.row is not None:
+            return adapter.row
         return np.concatenate([adapter.arrays[name].reshape(-1) for name in self.bounds])
-
-    def adapter(self, row: NDArray[np.float32]) -> Adapter:
-        """Return a row as an adapter of views. Raises IncompatibleAdapter if not finite."""
-        arrays = {
-            name: row[start:stop].reshape(self.shapes[name])
-            for name, (start, stop) in self.bounds.items()
-        }
-        return Adapter(self.spec, arrays)
 
 
 class Stacked:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.client.local import Learned, Local
+from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import AnabranchError, RunError
 from anabranch.simulations.cohort.batches import Batch, Steps
 from anabranch.simulations.cohort.kernels import Kernel, kernel_for
@@ -78,16 +79,15 @@ def _results(
     finite = np.isfinite(losses)
     means = (np.where(finite, losses, 0.0) * last).sum(0) / last.sum(0)
     fine = set(np.flatnonzero(finite.all(0)).tolist())
-    values = stacked.values.cpu().numpy()
+    afters = Adapter.of_rows(stacked.layout.spec, stacked.values.cpu().numpy())
     results: list[Learned | AnabranchError] = []
     for k, local in enumerate(locals):
         if k not in fine:
             results.append(_diverged(local, losses[:, k]))
             continue
-        try:
-            after = stacked.layout.adapter(values[k])
-        except AnabranchError as error:
-            results.append(error)
+        after = afters[k]
+        if isinstance(after, AnabranchError):
+            results.append(after)
             continue
         results.append(Learned(after=after, steps=local.steps, loss=float(means[k])))
     return results

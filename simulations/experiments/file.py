@@ -11,6 +11,7 @@ from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.tables import Count, Device, Fraction, Name
 from anabranch.simulations import engines
 from anabranch.simulations.clock.table import ClockTable
+from anabranch.simulations.cohort.precision import BaseDtype
 from anabranch.simulations.faults.table import FaultsTable
 from anabranch.simulations.population.devices_table import DevicesTable
 from anabranch.simulations.population.table import PopulationTable
@@ -51,9 +52,18 @@ def decode_file(file: bytes, path: Path) -> ExperimentFile:
 
 def _check(path: Path, file: ExperimentFile) -> None:
     """Refuse what single fields cannot say."""
-    engines.require_base_dtype(file.base_dtype, file.engine, f"{path}: ")
+    virtual = any(one is not None for one in (file.devices, file.clock, file.faults))
+    engines.require_engine(
+        file.engine,
+        virtual=virtual and file.population is not None,
+        base_dtype=file.base_dtype,
+        where=f"{path}: ",
+    )
     if file.population is not None:
-        _check_population(path, file)
+        if file.sites or file.ranks:
+            raise ConfigError(
+                f"{path}: there are [sites] and a [population]: leave one of them out"
+            )
         return
     if not file.sites:
         raise ConfigError(
@@ -70,15 +80,4 @@ def _check(path: Path, file: ExperimentFile) -> None:
         raise ConfigError(
             f"{path}: [ranks] names {strangers[0]!r}, which is not in [sites]: "
             f"expected one of {sorted(file.sites)}"
-        )
-
-
-def _check_population(path: Path, file: ExperimentFile) -> None:
-    if file.sites or file.ranks:
-        raise ConfigError(f"{path}: there are [sites] and a [population]: leave one of them out")
-    simulated = any(one is not None for one in (file.devices, file.clock, file.faults))
-    if simulated and file.engine not in engines.VIRTUAL:
-        raise ConfigError(
-            f'{path}: engine = "{file.engine}" runs in real time: [devices], [clock] and [faults] '
-            f"need one of {', '.join(sorted(engines.VIRTUAL))}"
         )

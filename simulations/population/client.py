@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from anabranch.client.data.records import Records
 from anabranch.client.private_round import Books
@@ -25,7 +26,7 @@ from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import RunError
+from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.tables import Device, Training
 from anabranch.simulations.population.data import Rows, SharedData
@@ -48,6 +49,7 @@ class Conduct:
 
 
 HONEST = Conduct()
+PLANNED = ("step_limit", "training_of")  # of a Conduct: they would change a private round's plan
 
 
 class VirtualSite(Site):
@@ -84,8 +86,11 @@ class VirtualSite(Site):
     def prepare(self, assignment: Assignment, adapter: Adapter) -> Begun:
         """Return this round's training as this client does it.
 
-        Raises what `Site.prepare` does, and RunError if its process dies in training.
+        Raises what `Site.prepare` does, RunError if its process dies in training, and
+        ConfigError, before anything is reserved, for a private run with a conduct that changes
+        what the run's privacy was planned for.
         """
+        self._require_planned(assignment.config)
         begun = super().prepare(assignment, adapter)
         self._survive(assignment, begun.local.steps)
         of = self._conduct.training_of
@@ -109,6 +114,20 @@ class VirtualSite(Site):
         features = data.features(config, classifier, self._train)
         labels = torch.from_numpy(data.records.labels[self._train])
         return Examples(features, labels), lambda: data.records.take(self._train).identities()
+
+    def _held_features(
+        self, config: RunConfig, classifier: Classifier, held: Records
+    ) -> Sequence[Tensor]:
+        return self._shared_data.features(config, classifier, self._held)
+
+    def _require_planned(self, config: RunConfig) -> None:
+        """Refuse conduct that would spend something else than [privacy] has planned."""
+        own = [name for name in PLANNED if getattr(self._conduct, name) is not None]
+        if config.privacy is not None and own:
+            raise ConfigError(
+                f"{self.name}: Conduct.{own[0]} does not go with [privacy]: the steps and the batch "
+                "size of a private round are fixed in advance. Leave it out"
+            )
 
     def _survive(self, assignment: Assignment, steps: int) -> None:
         """Die in training: what was written before it, a reserved spend, stays written."""

@@ -221,7 +221,7 @@ def test_physical_batches_are_bounded_and_count_as_one_step(
             super().__init__()
             accountants.append(self)
 
-    monkeypatch.setattr(private, "PRVAccountant", Remembered)
+    monkeypatch.setattr(private, "new_accountant", Remembered)
     classifier, rows = make(), []
     classifier.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
 

@@ -54,7 +54,7 @@ def test_a_fit_that_ran_otherwise_returns_nothing(monkeypatch: pytest.MonkeyPatc
         def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
             super().step(noise_multiplier=1.81 * noise_multiplier, sample_rate=sample_rate)
 
-    monkeypatch.setattr(private, "PRVAccountant", Other)
+    monkeypatch.setattr(private, "new_accountant", Other)
     classifier = make()
     before = values(classifier)
 

@@ -18,6 +18,7 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.training import make_optimizer
 from anabranch.protocols.adapter import WHOLE, Adapter
 from anabranch.protocols.errors import IncompatibleAdapter
+from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.part import Part
 from anabranch.protocols.schedule import learning_rate_factor
 from anabranch.protocols.tables import Training
@@ -129,7 +130,7 @@ def test_a_row_is_the_adapter_it_was_made_of(classifier: Classifier) -> None:
     locals = cohort(classifier, [Client(seed=0), Client(seed=1)])
     layout = Layout(classifier.spec, {"head.bias"})
     for local in locals:
-        again = layout.adapter(layout.flatten(local.start))
+        again = Adapter.of_rows(layout.spec, layout.flatten(local.start)[None])[0]
         for name, array in local.start.arrays.items():
             np.testing.assert_array_equal(again.arrays[name], array)
 
