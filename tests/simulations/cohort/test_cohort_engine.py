@@ -22,7 +22,7 @@ from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.errors import DataError, IncompatibleAdapter, ModelError, RunError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Lora, Training
-from anabranch.simulations.cohort.engine import CohortEngine
+from anabranch.simulations.cohort.engine import DIGEST_EVERY, CohortEngine
 from anabranch.simulations.cohort.grouped import CONVOLUTIONS
 from tests.client.tuning.conftest import encoders, make_config  # noqa: F401 - fixtures
 from tests.simulations.cohort.cohort_rig import (
@@ -307,6 +307,26 @@ def test_a_changed_base_is_an_error_of_all_its_clients(make_config: Any) -> None
     for error in CohortEngine().train(cohort(classifier, [Client(seed=0), Client(seed=1)])):
         assert isinstance(error, ModelError)
         assert "the frozen base changed" in str(error)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_write_to_the_base_is_found_between_digests(
+    make_config: Any,  # noqa: F811
+    counted: bool,
+) -> None:
+    """One that torch counts at once, another at the latest when the digest is due."""
+    lora = Lora(rank=2, targets=("hidden.*",))
+    config = make_config("mlp", "tabular-classification", hidden=(5,), lora=lora)
+    classifier, engine = load_classifier(config), CohortEngine()
+    locals = cohort(classifier, [Client(seed=0, steps=1)])
+    assert isinstance(engine.train(locals)[0], Learned)
+    weight = classifier.get_parameter("base.hidden.0.base.weight")
+    with torch.no_grad():
+        (weight if counted else weight.data).add_(1.0)
+
+    found = [engine.train(locals)[0] for _ in range(1 if counted else DIGEST_EVERY)]
+
+    assert isinstance(found[-1], ModelError)
 
 
 def test_a_layer_that_is_used_in_an_unknown_way_is_trained_alone(

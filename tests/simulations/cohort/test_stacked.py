@@ -18,7 +18,6 @@ from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.training import make_optimizer
 from anabranch.protocols.adapter import WHOLE, Adapter
 from anabranch.protocols.errors import IncompatibleAdapter
-from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.part import Part
 from anabranch.protocols.schedule import learning_rate_factor
 from anabranch.protocols.tables import Training
