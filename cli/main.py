@@ -32,6 +32,8 @@ app.add_typer(adapter.app, name="adapter")
 app.add_typer(edge.app, name="edge")
 
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 # Command -> the extra that brings what it imports.
 EXTRAS = {
     "demo": "demo",
@@ -69,6 +71,13 @@ def run(argv: Sequence[str] | None = None) -> int:
             f'pip install "anabranch[{extra}]"',
             err=True,
         )
+        return 1
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        typer.echo(f"anabranch: {where}{error.strerror or error}", err=True)
+        return 1
+    if result == INTERRUPTED:
+        typer.echo("anabranch: stopped", err=True)
         return 1
     return result if isinstance(result, int) else 0
 

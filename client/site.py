@@ -323,6 +323,8 @@ class Site:
     def _require_part(self, assignment: Assignment, spec: AdapterSpec) -> None:
         """Refuse a part that this machine does not train, or that holds what stays here."""
         part, kept = assignment.part, assignment.config.kept
+        if part.whole and kept is None and self.max_rank is None:
+            return  # of any adapter
         part.shapes(spec)  # refuses ranks that are not there, before anything is spent
         rank = personal.trained_rank(spec, part, kept)
         if self.max_rank is not None and rank > self.max_rank:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -44,20 +45,21 @@ class Adapter:
         A row that is not finite gives the error that its adapter would have raised. Raises
         IncompatibleAdapter for rows of another length or type.
         """
-        if rows.dtype != np.float32 or rows.shape[1:] != (spec.num_values,):
+        if rows.dtype != np.float32 or rows.shape[1:] != (_bounds(spec)[-1][2],):
             raise IncompatibleAdapter(
                 f"rows: expected float32 of {spec.num_values} values, got {rows.dtype} of shape "
                 f"{rows.shape}"
             )
         found: list[Adapter | IncompatibleAdapter] = []
-        for row, finite in zip(rows, np.isfinite(rows).all(1).tolist(), strict=True):
+        sound: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
+        for row, finite in zip(rows, sound, strict=True):
             if finite:
                 one = object.__new__(cls)
-                one.__dict__.update(spec=spec, arrays=dict(_cut(spec, row)), row=row)
+                one.__dict__.update(spec=spec, arrays=_cut(spec, row), row=row)
                 found.append(one)
                 continue
             try:
-                found.append(cls(spec, dict(_cut(spec, row))))
+                found.append(cls(spec, _cut(spec, row)))
             except IncompatibleAdapter as error:
                 found.append(error)
         return found
@@ -128,12 +130,12 @@ class Delta:
 
         Raises what the constructor does.
         """
-        if not part.whole or row.shape != (spec.num_values,):
+        if not part.whole or row.shape != (_bounds(spec)[-1][2],):
             raise IncompatibleAdapter(
                 f"row: expected {spec.num_values} values of a whole adapter, got shape {row.shape} "
                 f"of {part}"
             )
-        arrays = dict(_cut(spec, row))
+        arrays = _cut(spec, row)
         if row.dtype != np.float32 or not np.isfinite(row).all():
             return cls(spec, arrays, num_examples, part=part, steps=steps)  # says which tensor
         _require_counts(num_examples, steps)
@@ -177,21 +179,28 @@ class Delta:
         return math.sqrt(sum(float(np.dot(a, a)) for a in wide))
 
 
-def _bounds(spec: AdapterSpec) -> Iterator[tuple[str, int, int, Shape]]:
-    """Yield (name, first, last + 1, shape) of every tensor in a row of all values."""
-    start = 0
-    for name, shape in spec.tensors:
-        stop = start + math.prod(shape)
-        yield name, start, stop, shape
-        start = stop
+_Bounds = tuple[tuple[str, int, int, Shape], ...]
+_last: tuple[AdapterSpec, _Bounds] | None = None  # found out once for many adapters of one spec
 
 
-def _cut(
-    spec: AdapterSpec, row: NDArray[np.float32]
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield (name, view) of every tensor in a row of all values."""
-    for name, start, stop, shape in _bounds(spec):
-        yield name, row[start:stop].reshape(shape)
+def _bounds(spec: AdapterSpec) -> _Bounds:
+    """Return (name, first, last + 1, shape) of every tensor in a row of all values."""
+    global _last
+    held = _last
+    if held is not None and held[0] is spec:
+        return held[1]
+    ends = accumulate((math.prod(shape) for _, shape in spec.tensors), initial=0)
+    bounds = tuple(
+        (name, start, stop, shape)
+        for (name, shape), (start, stop) in zip(spec.tensors, pairwise(ends), strict=True)
+    )
+    _last = spec, bounds
+    return bounds
+
+
+def _cut(spec: AdapterSpec, row: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Return every tensor of a row of all values, as a view."""
+    return {name: row[start:stop].reshape(shape) for name, start, stop, shape in _bounds(spec)}
 
 
 def _require_counts(num_examples: int, steps: int) -> None:

@@ -36,7 +36,13 @@ class Assigner:
     def question(self, number: int, spec: AdapterSpec) -> Question[Trained]:
         """Return the question "train your part", put to nobody yet."""
         parts: dict[str, Part] = {}
-        read = partial(read_trained, spec=spec, parts=parts, uplink=self.config.uplink)
+        read = partial(
+            read_trained,
+            spec=spec,
+            parts=parts,
+            uplink=self.config.uplink,
+            counts_steps=self.config.federation.normalize_steps,
+        )
         return Question("train", number, {}, read, parts=parts)
 
     def put(

@@ -27,7 +27,6 @@ from anabranch.server.flower import Failure, Letter, Mailbox, Peer, Question
 from anabranch.server.result import SiteRow
 from anabranch.server.roster import Roster
 
-
 NEW = SiteRow()
 
 

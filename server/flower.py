@@ -194,12 +194,14 @@ def read_trained(
     spec: AdapterSpec,
     parts: Mapping[str, Part],
     uplink: Uplink,
+    counts_steps: bool = False,
 ) -> tuple[Trained, Delta] | Failure:
     """Return a site's delta if it may be added to the sum, or why it may not.
 
     It has the global adapter's spec (names, shapes, base), exactly the part that its site was
     assigned, the run's codec, and finite values. Its weight is the number of examples that
-    frame, message and the site's own first description agree on; so must the steps.
+    frame, message and the site's own first description agree on; so must the steps, which
+    `counts_steps` (federation.normalize_steps divides by them) wants above 0.
     """
     if isinstance(answer, Failure):
         return answer
@@ -214,6 +216,8 @@ def read_trained(
             framed, said = getattr(delta, what), getattr(trained, what)
             if framed != said:
                 raise IncompatibleAdapter(f"{what}: {framed} in the frame, {said} in the message")
+        if counts_steps and trained.steps < 1:
+            raise IncompatibleAdapter("steps: 0, and federation.normalize_steps divides by them")
     except ProtocolError as error:
         return Failure("rejected", str(error))
     return trained, delta

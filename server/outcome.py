@@ -33,6 +33,7 @@ from anabranch.server.series import (
 from anabranch.server.statement import LISTED, PrivacyStatement, RunFacts, SitePrivacy, state
 from anabranch.server.statement_text import as_json
 from anabranch.server.store import RunFolder
+from anabranch.server.svg import Markup
 
 PACKAGES = (
     "anabranch",
@@ -68,9 +69,11 @@ def conclude(
     validation: Records | None,
     seconds: float,
     facts: Mapping[str, Any] | None = None,
+    devices: Sequence[Markup] = (),
 ) -> dict[str, Any]:
     """Measure, release and report a run; write and return its summary.json, with `facts` in it.
 
+    `devices` is what the report says of simulated devices.
     `test` and `validation` are the coordinator's own records. The release is checked on the
     first of them that is there; without any, or when the int8 model is refused, the summary
     says why there is none. Raises ConfigError for records in a run without a model of the
@@ -93,7 +96,7 @@ def conclude(
         **(facts or {}),
     }
     why = f"There is no release: {finished.withheld}." if finished.withheld else ""
-    report(finished, summary=summary, made=made, matrix=matrix, description=why)
+    report(finished, summary=summary, made=made, matrix=matrix, description=why, devices=devices)
     finished.folder.summarise(summary)
     return summary
 

@@ -103,6 +103,7 @@ class ReportData:
     epsilon_target: float | None = None
     bytes_up: Mapping[int, int] = field(default_factory=dict)  # round -> sites to coordinator
     bytes_down: Mapping[int, int] = field(default_factory=dict)  # round -> coordinator to sites
+    devices: Sequence[Markup] = ()  # of a simulation: what it cost its devices, as page parts
     confusion: Sequence[Sequence[int]] = ()  # rows = truth, columns = predicted
     confusion_of: str = ""  # which model, on what
     release: Sequence[ReleaseFile] = ()
@@ -318,6 +319,7 @@ def _labels(data: ReportData) -> tuple[str, ...]:
 _SECTIONS: Final[Mapping[str, Callable[[ReportData], list[Markup]]]] = {
     "Result": _result,
     "Rounds": _rounds,
+    "Devices": lambda data: list(data.devices),
     "Sites": _sites,
     "Privacy": _privacy,
     "Traffic": _traffic,

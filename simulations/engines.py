@@ -40,6 +40,7 @@ from anabranch.simulations.faults.plan import Restart
 from anabranch.simulations.faults.restarts import run_restarting, waiting
 from anabranch.simulations.flower_runtime import run_in_flower
 from anabranch.simulations.grid import InProcessGrid, quiet
+from anabranch.simulations.population.clients import PopulationClients
 from anabranch.simulations.virtual_grid import (
     Bookkeeping,
     Executor,
@@ -78,13 +79,22 @@ def run(
     cohort/precision.py says what that costs and brings).
     `journeys` puts the run into virtual time, `tampering` and `restarts` put faults into it
     (simulations/faults). `rounds` is passed on to RoundEngine (evaluate, checkpoint, event, …).
+    With federation.buffer, "sequential" takes answers in the order of "cohort", one at a time;
+    "flower" takes them as its processes give them, which no seed decides.
     With engine "flower" or "ray", what is in `sites`, and `open_site`, must be importable by name.
 
-    Raises ConfigError for a wrong engine or no sites, and what RoundEngine raises.
+    Raises ConfigError for a wrong engine, no sites, or "flower" with a private population, and
+    what RoundEngine raises.
     """
     clients = FolderClients(sites, open_site) if isinstance(sites, Mapping) else sites
     simulated = journeys is not None or tampering is not None or bool(restarts)
     require_engine(engine, virtual=simulated, base_dtype=base_dtype)
+    if engine == "flower" and isinstance(clients, PopulationClients) and clients.books is not None:
+        raise ConfigError(
+            'engine = "flower" does not go with [privacy] in a population: clients move between '
+            "its processes, and what they have spent would be counted in each of them anew. Take "
+            '"cohort", "ray" or "sequential"'
+        )
 
     def coordinate(grid: Grid, **time: Any) -> Result:
         settings = {**rounds, **time}
@@ -98,7 +108,7 @@ def run(
         return run_restarting(make, adapter, restarts, settings, wait)
 
     quiet()
-    if engine == "sequential" and not simulated:
+    if engine == "sequential" and not simulated and config.federation.buffer is None:
         names = [str(i) for i in range(len(clients.names))]
         with InProcessGrid(_app(clients), names, workers=workers) as grid:
             return coordinate(grid)

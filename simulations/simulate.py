@@ -35,6 +35,7 @@ from anabranch.simulations.experiment import (
 from anabranch.simulations.experiments import rounds
 from anabranch.simulations.experiments.about import About, digest, write_about
 from anabranch.simulations.experiments.population_run import build_world, federate_population
+from anabranch.simulations.experiments.virtual_page import device_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ def perform(experiment: Experiment, output: Path, told: Told) -> dict[str, Any]:
         validation=validation,
         seconds=time.monotonic() - started,
         facts=_tabulate(finished, about) | virtual,
+        devices=() if experiment.config.client_privacy else device_parts(virtual),  # who took part
     )
 
 

@@ -252,9 +252,15 @@ class VirtualGrid(Grid):
                 self._contexts[one.client] = context
 
     def _batch(self, waiting: Sequence[_Pending]) -> list[_Pending]:
-        """Return what is computed now, at least the first that must be; the spared are answered."""
+        """Return what is computed now, at least the first that must be; the spared are answered.
+
+        No client is in it twice.
+        """
         batch: list[_Pending] = []
+        taken: set[int] = set()
         for one in waiting:
+            if one.client in taken:  # its next round begins with what it keeps of this one
+                break
             reply = None if self._books is None else self._books.spared(one.client, one.message)
             if reply is not None:
                 number(reply)
@@ -268,6 +274,7 @@ class VirtualGrid(Grid):
             if self._books is not None:
                 self._books.computed(one.message)
             batch.append(one)
+            taken.add(one.client)
             if len(batch) == self._ahead:
                 break
         return batch

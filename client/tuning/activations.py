@@ -184,7 +184,7 @@ class Activations:
             return self._tokens.ragged(rows)
         if self._raw is None:
             self._raw = Dense(self._stacked())
-        return self._raw.subset(rows.tolist())
+        return self._raw.subset(rows)
 
     def _stacked(self) -> Tensor:
         """Return all records as stage 0 takes them, as one tensor."""

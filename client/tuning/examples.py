@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -47,7 +49,7 @@ class Dense(Sequence[Tensor]):
         self.at = torch.arange(len(data)) if at is None else at
 
     def __len__(self) -> int:
-        return len(self.at)
+        return self.at.shape[0]  # len() of a tensor is slow
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices: use take
         return self.data[self.at[index]]
@@ -65,9 +67,9 @@ class Dense(Sequence[Tensor]):
         """Return the features at `indices` (b,) as one tensor (b, …)."""
         return self.data.index_select(0, self.at[indices])
 
-    def subset(self, indices: Sequence[int]) -> Dense:
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Dense:
         """Return the features at `indices` without copying them."""
-        return Dense(self.data, self.at[torch.tensor(list(indices), dtype=torch.int64)])
+        return Dense(self.data, self.at[_places(indices)])
 
 
 class Ragged(Sequence[Tensor]):
@@ -93,7 +95,7 @@ class Ragged(Sequence[Tensor]):
         return cls(torch.cat(list(features)), length.cumsum(0) - length, length)
 
     def __len__(self) -> int:
-        return len(self.start)
+        return self.start.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices: use take
         start = int(self.start[index])
@@ -130,6 +132,12 @@ class Ragged(Sequence[Tensor]):
         return Ragged(self.values, self.start[at], self.length[at])
 
 
+def _places(indices: Sequence[int] | NDArray[np.int64]) -> Tensor:
+    if isinstance(indices, np.ndarray):
+        return torch.from_numpy(indices)
+    return torch.tensor(list(indices), dtype=torch.int64)
+
+
 def runs(start: Tensor, length: Tensor) -> Tensor:
     """Return start[0], start[0] + 1, …, one run of length[i] numbers for every i, (Σ length,)."""
     ends = length.cumsum(0)
@@ -153,7 +161,7 @@ class Examples:
             )
 
     def __len__(self) -> int:
-        return len(self.features)
+        return self.labels.shape[0]
 
     def take(self, indices: Sequence[int]) -> Examples:
         """Return the examples at `indices`, in that order; an index may come twice."""

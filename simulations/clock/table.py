@@ -7,7 +7,7 @@ real coordinator keeps them, too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -24,6 +24,8 @@ from anabranch.simulations.population.devices import Availability, Devices
 
 REQUEST_BYTES = 4096  # of the JSON beside an adapter; for partial work alone
 
+Metric = Literal["accuracy", "auroc", "macro_f1"]
+
 
 class ClockTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[clock]."""
@@ -37,7 +39,7 @@ class ClockTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     memory_factor: NotNegative = 1.0  # of what training needs as counted; 0: memory for all
     speed_sigma: NotNegative = 0.0  # of the logarithm of the speed, from round to round
     network_sigma: NotNegative = 0.0
-    metric: str = "accuracy"  # that the targets are of
+    metric: Metric = "accuracy"  # that the targets are of; more is better
     targets: tuple[Fraction, ...] = ()  # time to accuracy is told for these
 
 

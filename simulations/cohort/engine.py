@@ -11,9 +11,12 @@ rounding, client by client, whatever the cohort is.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
+
+from torch import Tensor
 
 from anabranch.client.local import Learned, Local, require_frozen, require_records, train_alone
 from anabranch.client.tuning.active import union
@@ -24,10 +27,12 @@ from anabranch.protocols.errors import AnabranchError, ConfigError, ModelError
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import require_same_spec
 from anabranch.simulations.cohort.grouped import Unbatchable, why_not
+from anabranch.simulations.cohort.kernels import packs
+from anabranch.simulations.cohort.packed import why_not as why_not_packed
 from anabranch.simulations.cohort.planner import Work, micro_cohorts
 from anabranch.simulations.cohort.precision import BaseDtype, products_for
 from anabranch.simulations.cohort.private import can_batch, train_private_cohort
-from anabranch.simulations.cohort.products import Products
+from anabranch.simulations.cohort.products import FLOAT32, Products
 from anabranch.simulations.cohort.stacked import Masks
 from anabranch.simulations.cohort.steps import train_together
 
@@ -37,12 +42,15 @@ DIGEST_EVERY = 20  # calls of `train`: on MiniLM a digest takes 50 ms
 
 Outcome = Learned | AnabranchError
 
+NOT_PACKED = 'base_dtype = "bf16" is for packed texts: in float32'
+PRIVATE_FLOAT32 = 'base_dtype = "bf16" is not for private rounds: in float32'
+
 # Text encoders of which padding to another client's length is known to change nothing.
 PADDED_ALIKE = CUT_BETWEEN_LAYERS | {"distilbert", "albert"}
 
 
 class CohortEngine:
-    """Trains cohorts. `reasons` counts the clients that were trained alone, by reason."""
+    """Trains cohorts. `reasons` counts the clients that were trained alone, or not in bfloat16."""
 
     def __init__(self, base_dtype: BaseDtype = "fp32") -> None:
         """`base_dtype = "bf16"`: see precision.py; clients that are not packed stay in float32."""
@@ -77,6 +85,8 @@ class CohortEngine:
             trained = self._together([locals[i] for i, _ in members], [m for _, m in members])
             found.update(zip((i for i, _ in members), trained, strict=True))
         if private:
+            if self._base_dtype != "fp32":
+                self._say(locals[private[0]], PRIVATE_FLOAT32, len(private))
             trained = train_private_cohort([locals[i] for i in private])
             found.update(zip(private, trained, strict=True))
         return [found[i] for i in range(len(locals))]
@@ -99,7 +109,7 @@ class CohortEngine:
         """Train clients of one classifier and one optimiser, in micro-cohorts."""
         classifier = locals[0].classifier
         cohorts = micro_cohorts(
-            [_work(local) for local in locals],
+            list(map(_work_of(classifier), locals)),
             width=classifier.head.in_features,
             values=classifier.spec.num_values,
         )
@@ -111,7 +121,8 @@ class CohortEngine:
         for cohort in cohorts:
             members = [locals[i] for i in cohort]
             try:
-                trained = train_together(members, [masks[i] for i in cohort], products)
+                how = self._for_batches(members, products)
+                trained = train_together(members, [masks[i] for i in cohort], how)
             except Unbatchable as error:
                 trained = [self._alone(local, str(error)) for local in members]
             found.update(zip(cohort, trained, strict=True))
@@ -127,6 +138,18 @@ class CohortEngine:
         if products is None:
             products = self._products[classifier] = products_for(self._base_dtype, classifier)
         return products
+
+    def _for_batches(self, members: Sequence[Local], products: Products) -> Products:
+        """Return float32, and say so, where the batches of these clients are not packed."""
+        if products is FLOAT32 or packs(members):
+            return products
+        self._say(members[0], NOT_PACKED, len(members))
+        return FLOAT32
+
+    def _say(self, local: Local, reason: str, clients: int) -> None:
+        if not self.reasons[reason]:
+            log.warning("%s: %s", local.name, reason)
+        self.reasons[reason] += clients
 
     def _alone(self, local: Local, reason: str) -> Outcome:
         """Train one client by itself; say why, once per reason."""
@@ -197,18 +220,31 @@ def _padding(classifier: Classifier) -> str | None:
     return f"padding may change what a text encoder of type {model_type!r} says of a record"
 
 
-def _work(local: Local) -> Work:
-    """Return what the planner has to know of a client."""
-    records = min(local.training.batch_size, len(local.examples))
-    return Work(steps=local.steps, rows=records * _tokens(local))
+def _work_of(classifier: Classifier) -> Callable[[Local], Work]:
+    """Return what tells the planner all it has to know of a client of this classifier."""
+    tokens, packed = _tokens(classifier), why_not_packed(classifier) is None
+
+    def work(local: Local) -> Work:
+        examples = local.examples
+        rows = _length(examples.features, packed) if tokens is None else tokens
+        records = min(local.training.batch_size, len(examples))
+        return Work(steps=local.steps, rows=math.ceil(records * rows))
+
+    return work
 
 
-def _tokens(local: Local) -> int:
-    """Return the rows that the trained layers see of a record, at most."""
-    classifier, features = local.classifier, local.examples.features
+def _tokens(classifier: Classifier) -> int | None:
+    """Return the rows that the trained layers see of a record; None: that is up to its length."""
     if classifier.cut == classifier.num_stages:
         return 1
     if isinstance(classifier, TextClassifier):
-        return features.data.shape[1] if isinstance(features, Dense) else max(lengths(features))
-    patches = getattr(classifier.base, "num_patches", 1)
-    return int(patches)
+        return None
+    return int(getattr(classifier.base, "num_patches", 1))
+
+
+def _length(features: Sequence[Tensor], packed: bool) -> float:
+    """Return the rows of a text: of the longest where all are padded, of the mean where not."""
+    if isinstance(features, Dense):
+        return int(features.data.shape[1])
+    sizes = lengths(features)
+    return sum(sizes) / len(sizes) if packed else max(sizes)

@@ -24,7 +24,7 @@ from anabranch.client.flower import (
     pack_trained,
     unpack_assignment,
 )
-from anabranch.client.local import Learned
+from anabranch.client.local import Learned, Local, train_alone
 from anabranch.client.memory import give_back
 from anabranch.client.site import Begun
 from anabranch.protocols.adapter import Adapter, Delta
@@ -83,10 +83,26 @@ class CohortExecutor:
         unpack = _Unpacked()
         rounds = [_Round(self._site_for, unpack, *request) for request in requests]
         ready = [one for one in rounds if one.begun is not None]
-        learned = self.engine.train([one.begun.local for one in ready if one.begun is not None])
+        learned = self._learned([one.begun.local for one in ready if one.begun is not None])
         for one, outcome in zip(ready, learned, strict=True):
             one.outcome = outcome
         return [one.reply(self._app) for one in rounds]
+
+    def _learned(self, locals: Sequence[Local]) -> Sequence[Learned | Exception]:
+        """Return what came of every client; one that fails in an unforeseen way fails alone."""
+        try:
+            return self.engine.train(locals)
+        except Exception as error:  # the boundary of clients: see _Round
+            log.exception("a cohort of %d failed: its clients are trained alone", len(locals))
+            return [error if local.private else _alone(local) for local in locals]
+
+
+def _alone(local: Local) -> Learned | Exception:
+    """Train one client; not for private rounds, whose noise may have been drawn already."""
+    try:
+        return train_alone(local)
+    except Exception as error:  # noqa: BLE001 - the boundary of a client: its error is its reply
+        return error
 
 
 def prepares(site: SiteLike) -> TypeGuard[Preparing]:

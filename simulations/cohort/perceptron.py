@@ -4,7 +4,7 @@
     dW_l = e_lᵀ h_l    db_l = Σ e_l    e_l-1 = (e_l W_l) · [h_l > 0]
 
 What grouped.py computes, without the cost of autograd, which is most of a step where layers are
-as small as these. For perceptrons whose layers above the cut are trained in full, or frozen.
+as small as these: no tensor here asks for a gradient. For perceptrons whose layers above the cut are trained in full, or frozen.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class PerceptronKernel:
         trained = [i for i, layer in enumerate(self._layers) if layer.trains]
         self._lowest = min(trained)
 
-    @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits (K · B, labels) of a batch."""
         x, _ = gather(batch.records.features, batch.ids)
@@ -80,7 +79,6 @@ class PerceptronKernel:
             h = torch.baddbmm(layer.bias, h, layer.weight.mT)
         return h.view(len(x), -1)
 
-    @torch.no_grad()
     def backward(self, error: Tensor) -> None:
         """Write the gradients, given that of the logits."""
         e = error.contiguous().view(len(self._inputs[0]), -1, error.shape[1])

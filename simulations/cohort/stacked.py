@@ -100,9 +100,11 @@ class Stacked:
         }
         return values, gradients
 
-    @torch.no_grad()
     def update(self, step: int, clients: int) -> None:
-        """Take step `step` of the first `clients` clients, with the gradients of `views`."""
+        """Take step `step` of the first `clients` clients, with the gradients of `views`.
+
+        Autograd sees nothing of it: no tensor here asks for a gradient.
+        """
         values = [own[:clients] for own in self._trained]
         gradients = [own[:clients] for own in self._gradients]
         start = [own[:clients] for own in self._start]
@@ -123,6 +125,8 @@ def _scale(gradients: list[Tensor], limits: Tensor) -> None:
     norms = [torch.linalg.vector_norm(own, dim=1, keepdim=True) for own in gradients]
     norm = torch.linalg.vector_norm(torch.cat(norms, 1), dim=1, keepdim=True)
     factor = (limits / (norm + CLIP_EPSILON)).clamp_(max=1.0)
+    if bool((factor == 1.0).all()):
+        return
     for gradient in gradients:
         gradient.mul_(factor)
 

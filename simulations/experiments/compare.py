@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anabranch.protocols.errors import ConfigError
 from anabranch.simulations.experiments.compare_page import write_page
 from anabranch.simulations.experiments.comparing import (
     Compared,
@@ -24,8 +25,13 @@ def compare(
     """Compare finished runs; return them, and the numbers of the tables.
 
     With `output`, FILE.html, the page is written, and FILE.csv and FILE.parquet beside it with
-    every metric of every round. Raises ConfigError as comparing.gather does.
+    every metric of every round. Raises ConfigError as comparing.gather does, and for an `output`
+    of another name.
     """
+    if output is not None and (output.suffix != ".html" or output.is_dir()):
+        raise ConfigError(
+            f"{output}: expected a file that ends in .html; the page is written to it"
+        )
     compared = gather(paths, targets)
     files = [] if output is None else write_page(output, compared)
     return compared, {

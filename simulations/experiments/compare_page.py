@@ -19,6 +19,7 @@ from anabranch.server.page import ABSENT, figure, paragraph, table
 from anabranch.server.svg import BYTES, LOSS, PERCENT, STYLE, Markup, Unit, element, size, text
 from anabranch.simulations.experiments.comparing import (
     Compared,
+    Group,
     Mean,
     Point,
     curve,
@@ -102,7 +103,7 @@ def final_table(compared: Compared) -> Cells:
                 _mean(columns["accuracy"], lambda v: f"{100 * v:.2f}", "%"),
                 _mean(columns["macro_f1"], "{:.4f}".format),
                 _mean(columns["best_round"], "{:.1f}".format),
-                _mean(columns["seconds"], "{:,.1f}".format, "s"),
+                _mean(columns["seconds"], "{:,.1f}".format, _seconds(compared, group)),
                 ABSENT if columns["bytes"] is None else size(columns["bytes"].mean),
             ]
         )
@@ -124,11 +125,16 @@ def target_table(compared: Compared) -> Cells:
                     f"{100 * target:g}\u202f%",
                     f"{got} of {len(found)}",
                     _mean(means["round"], "{:.1f}".format),
-                    _mean(means["seconds"], "{:,.1f}".format, "s"),
+                    _mean(means["seconds"], "{:,.1f}".format, _seconds(compared, group)),
                     ABSENT if moved is None else size(moved.mean),
                 ]
             )
     return rows
+
+
+def _seconds(compared: Compared, group: Group) -> str:
+    """Return the unit of a group's times; it says which where the runs have both."""
+    return "s" if compared.time is not None else f"s {group.runs[0].about.time}"
 
 
 TARGET_COLUMNS: Final = ("setting", "accuracy", "reached", "round", "time", "bytes")
@@ -174,7 +180,9 @@ def _result(compared: Compared) -> list[Markup]:
         caption = f"When each accuracy was reached, on the {compared.source} records"
         parts.append(table(TARGET_COLUMNS, target_table(compared), kinds="tnnnnn", caption=caption))
     if compared.time is None:
-        parts.append(paragraph("Some runs are in virtual time and some in real time: no curves."))
+        parts.append(
+            paragraph("Some runs are in virtual time and some in real time: no curves over time.")
+        )
     parts += [paragraph(f"Not finished: {one}") for one in compared.missing]
     return parts
 

@@ -30,6 +30,7 @@ from anabranch.simulations.experiments.about import About, read_about
 from anabranch.simulations.experiments.rounds import Round, read_rounds
 from anabranch.simulations.experiments.sweep import MANIFEST, read_manifest
 
+SUMMARY: Final = ("accuracy", "macro_f1", "best_round")  # what is read of a summary.json
 POINTS: Final = 60  # of a curve over time or bytes
 Point = tuple[float, float, float, float]  # x, mean, smallest, largest
 
@@ -209,6 +210,12 @@ def _read(folder: Path) -> Run:
         raise ConfigError(f"{folder}: the run is not finished: there is no summary.json") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    absent = [name for name in SUMMARY if name not in summary]
+    if absent:
+        raise ConfigError(
+            f"{path}: there is no {absent[0]!r}; expected the summary of a run by `anabranch "
+            "simulate`: run it again"
+        )
     return Run(
         folder=folder, about=about, rounds=read_rounds(folder / rounds.NAME), summary=summary
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,24 @@ def decode_file(file: bytes, path: Path) -> ExperimentFile:
         decoded = msgspec.toml.decode(file, type=ExperimentFile)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    _require_finite(path, msgspec.toml.decode(file), "")
     _check(path, decoded)
     return decoded
+
+
+def _require_finite(path: Path, value: object, where: str) -> None:
+    """Refuse inf and nan, which TOML can write and no setting can be."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: {where} = {value}: expected a finite number")
+    inside: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, list):
+        inside = enumerate(value)
+    for name, one in inside:
+        _require_finite(path, one, f"{where}.{name}" if where else str(name))
 
 
 def _check(path: Path, file: ExperimentFile) -> None:

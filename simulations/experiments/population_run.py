@@ -262,7 +262,8 @@ def _virtual(experiment: Experiment, world: World, folder: Path) -> dict[str, An
     import pyarrow.parquet as pq
 
     clock = experiment.clock or ClockTable()
-    targets = sorted({*experiment.targets, *clock.targets})
+    accuracies = experiment.targets if clock.metric == "accuracy" else ()
+    targets = sorted({*accuracies, *clock.targets})
     outcome = outcome_of(world.journeys, targets, clock.metric)
     file = io.BytesIO()
     pq.write_table(pa.table(dict(outcome.message_table())), file, compression="zstd")

@@ -40,6 +40,8 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 raise ConfigError("give `choices`, or `low` and `high`, not both")
         elif self.low is None or self.high is None or self.low >= self.high:
             raise ConfigError(f"expected low < high, or choices, got {bounds}")
+        elif self.whole and isinstance(self.step, float) and not self.step.is_integer():
+            raise ConfigError(f"low and high are whole: expected a whole step, got {self.step:g}")
         elif self.log and (self.low <= 0 or self.step is not None):
             raise ConfigError("log = true needs low above 0, and goes without step")
 

@@ -159,6 +159,7 @@ def _sampler(search: Tune, seed: int, done: int) -> optuna.samplers.BaseSampler:
 def _opened(output: Path, search: Tune) -> Iterator[optuna.Study]:
     """Yield the study in study.sqlite3, trials that nobody runs any more marked as failed."""
     import optuna
+    import sqlalchemy
     from optuna.pruners import MedianPruner, NopPruner
     from optuna.trial import TrialState
 
@@ -170,7 +171,13 @@ def _opened(output: Path, search: Tune) -> Iterator[optuna.Study]:
             n_startup_trials=search.startup_trials, n_warmup_steps=search.warmup_rounds
         )
     )
-    storage = optuna.storages.RDBStorage(f"sqlite:///{(output / 'study.sqlite3').resolve()}")
+    file = output / "study.sqlite3"
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+    except sqlalchemy.exc.DatabaseError as error:
+        raise ConfigError(
+            f"{file}: {error.orig}; expected Optuna's study: move it away to begin anew"
+        ) from None
     try:
         study = optuna.create_study(
             study_name="tune",

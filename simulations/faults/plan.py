@@ -232,7 +232,11 @@ def read_plan(path: Path) -> FaultPlan:
     decode = msgspec.json.decode if path.suffix == ".json" else msgspec.toml.decode
     try:
         plan = decode(path.read_bytes(), type=FaultPlan)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror or error}; give the faults.toml of a run"
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     unbounded = not_finite(plan)
     if unbounded is not None:

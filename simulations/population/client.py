@@ -125,8 +125,8 @@ class VirtualSite(Site):
         own = [name for name in PLANNED if getattr(self._conduct, name) is not None]
         if config.privacy is not None and own:
             raise ConfigError(
-                f"{self.name}: Conduct.{own[0]} does not go with [privacy]: the steps and the batch "
-                "size of a private round are fixed in advance. Leave it out"
+                f"{self.name}: Conduct.{own[0]} does not go with [privacy]: the steps and the "
+                "batch size of a private round are fixed in advance. Leave it out"
             )
 
     def _survive(self, assignment: Assignment, steps: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from anabranch.cli.main import run
+from anabranch.simulations import simulate
 from tests.runs import table_text, write_table
 
 
@@ -131,3 +132,31 @@ def test_without_arguments_it_says_how(capsys: pytest.CaptureFixture[str]) -> No
     assert run(["simulate"]) == 2
     assert run(["simulate", "--help"]) == 0
     assert "compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["taken", "taken/deeper"])
+def test_an_output_that_is_a_file_is_one_line(
+    experiment: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (experiment.parent / "taken").write_text("mine")
+    add(experiment, "[sweep]\nseeds = [0]\n")
+
+    code = run(["simulate", str(experiment), "--output", str(experiment.parent / name)])
+    said = capsys.readouterr().err
+
+    assert code == 1
+    assert said.startswith("anabranch: ")
+    assert "taken" in said
+    assert said.count("\n") == 1
+
+
+def test_an_interrupted_run_says_that_it_stopped(
+    experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate, "simulate", interrupted)
+
+    assert run(["simulate", str(experiment)]) == 1
+    assert capsys.readouterr().err == "anabranch: stopped\n"

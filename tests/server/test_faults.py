@@ -289,6 +289,24 @@ def other_codec(content: RecordDict) -> None:
     replace_frame(content, wire.encode(delta, codec="fp16"))
 
 
+def no_steps(content: RecordDict) -> None:
+    delta = wire.decode_delta(frame_of(content), SPEC)
+    replace_frame(content, wire.encode(Delta(SPEC, delta.arrays, delta.num_examples, steps=0)))
+    rewrite(content, steps=0)
+
+
+def test_a_delta_of_no_steps_is_refused_where_steps_are_divided_by() -> None:
+    app = app_of([ToySite("a"), ToySite("bergen")], {"bergen": no_steps})
+    sites = [ToySite("a"), ToySite("bergen")]
+    result = Federation(sites, run=config(rounds=1, normalize_steps=True), app=app).run()
+
+    assert only_failure(result) == (
+        "rejected",
+        "steps: 0, and federation.normalize_steps divides by them",
+    )
+    assert sorted(result.history[0].trained) == ["a"]
+
+
 ATTACKS: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     "a damaged frame": (flip_a_bit, "SHA-256 does not match: the frame was damaged or cut"),
     "NaN": (send_nan, "layer.lora_B.weight: 1 of 6 values are NaN or infinite"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.server.evaluation import initial_adapter
 from anabranch.server.result import Result
 from anabranch.simulations import engines
+from anabranch.simulations.population.books import SimulatedBooks
 from tests.runs import table_run
+from tests.simulations.populations import digits_run, population
 from tests.simulations.rig import SIZES, ToySite, adapter, config
 
 SITES = {name: Path(name) for name in SIZES}  # a toy site's folder is its name
@@ -121,3 +124,22 @@ def test_a_run_fails_with_the_same_sentence_on_either_engine(engine: engines.Eng
             open_site=open_toy,
             connect_s=0.1 if engine == "sequential" else 30.0,
         )
+
+
+def test_fedbuff_is_the_same_run_one_at_a_time_and_in_cohorts() -> None:
+    buffered = {"buffer": 2, "cohort": 3, "rounds": 4}
+    alone = run_on("sequential", **buffered)
+    together = run_on("cohort", **buffered)
+
+    assert_same_adapter(alone, together)
+    assert [r.asked for r in alone.history] == [r.asked for r in together.history]
+    assert [r.ages for r in alone.history] == [r.ages for r in together.history]
+
+
+def test_a_private_population_is_refused_where_its_books_would_not_be_kept(tmp_path: Path) -> None:
+    clients = dataclasses.replace(population(tmp_path, [5, 5]), books=SimulatedBooks())
+    private = digits_run(
+        ("batch_size = 10", "batch_size = 10\nlocal_steps = 1"), extra="[privacy]\nepsilon = 8.0\n"
+    )
+    with pytest.raises(ConfigError, match=r"\[privacy\] in a population: clients move between"):
+        engines.run("flower", private, clients, initial_adapter(private), run_name="x-1")

@@ -20,7 +20,7 @@ from anabranch.client.tuning.training import (
     steps_per_round,
 )
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import RunError
+from anabranch.protocols.errors import DataError, RunError
 from anabranch.protocols.tables import Training
 from tests.runs import table_run
 
@@ -46,6 +46,7 @@ def train(config: RunConfig, *, proximal_mu: float = 0.0) -> tuple[Classifier, E
         seed=5,
         proximal_mu=proximal_mu,
     )
+    assert done.loss is not None
     return classifier, examples, done.loss
 
 
@@ -190,3 +191,30 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_next_step() -> None:
     )
     with pytest.raises(RunError, match=r"training loss is (nan|inf) at step \d+ of 50: lower"):
         train(config)
+
+
+def test_no_steps_change_nothing_and_have_no_loss() -> None:
+    config = table_run()
+    classifier, examples = problem(config)
+    before = read_adapter(classifier)
+    for some in (examples, examples.take([])):
+        done = fit(
+            classifier, some, config.training, steps=0, schedule=Schedule(total_steps=0), seed=5
+        )
+        assert (done.steps, done.loss) == (0, None)
+    for name, array in read_adapter(classifier).arrays.items():
+        np.testing.assert_array_equal(array, before.arrays[name])
+
+
+def test_steps_without_records_are_refused() -> None:
+    config = table_run()
+    classifier, examples = problem(config)
+    with pytest.raises(DataError, match="3 steps, but no records to train on"):
+        fit(
+            classifier,
+            examples.take([]),
+            config.training,
+            steps=3,
+            schedule=Schedule(total_steps=3),
+            seed=5,
+        )

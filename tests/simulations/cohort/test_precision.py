@@ -172,11 +172,17 @@ def test_bfloat16_for_tables_is_refused_client_by_client(make_config: Any) -> No
     assert [type(outcome) for outcome in outcomes] == [ConfigError] * 2
 
 
-def test_clients_that_are_not_packed_stay_in_float32_and_it_is_said(bert: Classifier) -> None:
+def test_clients_that_are_not_packed_stay_in_float32_and_it_is_said(
+    bert: Classifier, caplog: pytest.LogCaptureFixture
+) -> None:
     locals, engine = clients_of(bert, listed=True), CohortEngine("bf16")
 
-    learned = engine.train(locals)
+    with caplog.at_level(logging.WARNING):
+        learned = engine.train(locals)
 
-    assert engine.reasons['base_dtype = "bf16" is for packed texts: in float32'] == 3
+    assert caplog.text.count("in float32") == 1
+    assert "one client at a time" not in caplog.text  # they are trained together
+
+    assert engine.reasons == {'base_dtype = "bf16" is for packed texts: in float32': 3}
     for local, ours in zip(locals, learned, strict=True):
         torch.testing.assert_close(update(ours, local), update(train_alone(local), local))

@@ -37,7 +37,7 @@ from anabranch.protocols.part import Part
 from anabranch.protocols.spec import LORA_B
 from anabranch.protocols.tables import Clipping, Engine, Training
 from anabranch.simulations.cohort import private, private_member
-from anabranch.simulations.cohort.engine import CohortEngine
+from anabranch.simulations.cohort.engine import PRIVATE_FLOAT32, CohortEngine
 from anabranch.simulations.cohort.grouped_private import grouped_gradients
 from anabranch.simulations.cohort.private import can_batch, train_private_cohort
 from anabranch.simulations.cohort.private_member import Member
@@ -331,6 +331,42 @@ def test_the_engine_trains_private_clients_together(classifier: Sequences) -> No
 
     require_equal(outcomes, one_by_one([client(classifier, i, start=start) for i in range(3)]))
     assert not engine.reasons
+
+
+def test_private_clients_stay_in_float32_and_it_is_said(
+    classifier: Sequences, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, start = CohortEngine("bf16"), read_adapter(classifier)
+
+    with caplog.at_level(logging.WARNING):
+        outcomes = engine.train([client(classifier, i, start=start) for i in range(3)])
+
+    require_equal(outcomes, one_by_one([client(classifier, i, start=start) for i in range(3)]))
+    assert engine.reasons == {PRIVATE_FLOAT32: 3}
+    assert caplog.text.count(PRIVATE_FLOAT32) == 1
+
+
+def test_private_and_other_clients_come_back_in_their_order(classifier: Sequences) -> None:
+    start = read_adapter(classifier)
+
+    def mixed() -> list[Local]:
+        locals = [client(classifier, i, start=start, steps=2) for i in range(5)]
+        return [dataclasses.replace(x, private=None) if i % 2 else x for i, x in enumerate(locals)]
+
+    outcomes = CohortEngine().train(mixed())
+
+    require_equal(outcomes, one_by_one(mixed()))
+    kinds = [learned(outcome).private is not None for outcome in outcomes]
+    assert kinds == [True, False, True, False, True]
+
+
+def test_gradients_that_somebody_left_are_not_taken_for_the_cohorts_own(
+    classifier: Sequences,
+) -> None:
+    for parameter in trainable_parameters(classifier).values():
+        parameter.grad = torch.ones_like(parameter)
+
+    require_same(lambda: [client(classifier, i, steps=2) for i in range(3)])
 
 
 # Norms, noise

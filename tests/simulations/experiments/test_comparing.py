@@ -163,6 +163,7 @@ def test_times_of_two_kinds_are_not_drawn_over_each_other() -> None:
 
     assert "Accuracy by time" not in page
     assert "Some runs are in virtual time and some in real time" in page
+    assert "s virtual" in page
 
 
 @pytest.mark.parametrize(
@@ -254,3 +255,25 @@ def test_a_run_that_is_not_finished_is_refused(swept: Path, tmp_path: Path) -> N
 
     with pytest.raises(ConfigError, match="the run is not finished"):
         compare([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["page.csv", "page", "folder.html"])
+def test_a_page_that_is_no_html_file_is_refused_and_nothing_is_written(
+    swept: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+
+    with pytest.raises(ConfigError, match=rf"{name}: expected a file that ends in \.html"):
+        compare([swept], output=tmp_path / name)
+
+    assert [one.name for one in tmp_path.iterdir()] == ["folder.html"]
+
+
+def test_a_summary_without_what_is_compared_is_refused(swept: Path, tmp_path: Path) -> None:
+    folder = next(path.parent for path in sorted(swept.rglob("summary.json")))
+    for name in ("experiment.json", "rounds.csv"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "summary.json").write_text("{}")
+
+    with pytest.raises(ConfigError, match=r"summary\.json: there is no 'accuracy'"):
+        gather([tmp_path])

@@ -12,6 +12,7 @@ import pytest
 
 from anabranch.protocols.errors import ConfigError, DataError, RunError
 from anabranch.server.statement import LISTED
+from anabranch.simulations import engines
 from anabranch.simulations.experiment import load
 from anabranch.simulations.experiments.compare import compare
 from anabranch.simulations.experiments.population_run import show
@@ -274,6 +275,11 @@ POPULATION = '[population]\ndata = "train.csv"\nclients = 2\n'
         ('seeded_noise = true\n[sites]\na = "a.csv"\n', r"seeded_noise goes with \[population\]"),
         ('[population]\ndata = "train.csv"\ncolour = 2\n', "unknown field `colour`"),
         ("targets = [1.5]\n" + POPULATION, "<= 1"),
+        (f'base_dtype = "bf16"\n{POPULATION}', 'base_dtype = "bf16" is for engine "cohort"'),
+        (f'base_dtype = "fp8"\n{POPULATION}', "Invalid enum value 'fp8'"),
+        (f'{POPULATION}[clock]\nmetric = "loss"\n', "Invalid enum value 'loss'"),
+        (f"{POPULATION}alpha = inf\n", r"e\.toml: population\.alpha = inf: expected a finite"),
+        ("targets = [0.5, nan]\n" + POPULATION, r"targets|finite"),
     ],
 )
 def test_tables_that_contradict_each_other_are_refused(
@@ -284,6 +290,67 @@ def test_tables_that_contradict_each_other_are_refused(
 
     with pytest.raises(ConfigError, match=says):
         load(tmp_path / "e.toml")
+
+
+def test_partial_work_in_a_private_run_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    path = population(
+        tmp_path, "[clock]\npartial_work = true\n", replacements=(STEPS,), extra=PRIVATE
+    )
+
+    with pytest.raises(ConfigError, match=r"partial_work = true does not go with \[privacy\]"):
+        simulate(path, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "says"),
+    [
+        ("", {"engine": "flower"}, 'engine = "flower" runs in real time'),
+        ('base_dtype = "bf16"\n', {"engine": "sequential"}, 'is for engine "cohort" or "ray"'),
+    ],
+)
+def test_an_engine_given_instead_is_checked_before_anything_is_written(
+    tmp_path: Path, options: str, given: dict[str, Any], says: str
+) -> None:
+    path = population(tmp_path, "[clock]\n", options=options)
+
+    with pytest.raises(ConfigError, match=says):
+        simulate(path, tmp_path / "out", **given)
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_dtype_of_the_file_is_that_of_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def run(*_: object, **given: object) -> None:
+        seen.append(given["base_dtype"])
+        raise RunError("seen")
+
+    monkeypatch.setattr(engines, "run", run)
+    for number, options in enumerate(("", 'base_dtype = "bf16"\n')):
+        with pytest.raises(RunError, match="seen"):
+            simulate(population(tmp_path, options=options), tmp_path / f"out-{number}")
+
+    assert seen == ["fp32", "bf16"]
+
+
+def test_the_report_says_what_the_devices_paid_and_what_went_wrong(tmp_path: Path) -> None:
+    tables = f"{VIRTUAL}[faults]\nlost_answer = 0.1\n"
+    path = population(tmp_path, tables, replacements=(QUORUM, EPOCHS))
+
+    summary = simulate(path, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+
+    assert '<section id="devices"' in page
+    assert f"{summary['virtual']['virtual_seconds']:,.1f} s" in page
+    assert f"{summary['virtual']['co2_grams']:,.4g} g" in page
+    assert "lost-answer" in page
 
 
 def test_an_hour_of_the_clock_and_another_of_the_devices_are_refused(tmp_path: Path) -> None:

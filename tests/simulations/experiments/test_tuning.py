@@ -183,6 +183,10 @@ def test_an_experiment_without_a_study_is_refused(tmp_path: Path) -> None:
         ({"parameters": {"lora.rank": {"low": 4}}}, "expected low < high"),
         ({"parameters": {"lora.rank": {"low": 0, "high": 2, "log": True}}}, "low above 0"),
         ({"parameters": {"lora.rank": {"low": 0, "high": 2, "choices": [1]}}}, "not both"),
+        (
+            {"parameters": {"lora.rank": {"low": 1, "high": 4, "step": 0.5}}},
+            "a whole step, got 0.5",
+        ),
         ({"parameters": {"lora.rank": {"lowest": 0, "high": 2}}}, "unknown field `lowest`"),
         ({"trials": 0, "parameters": {"lora.rank": {"choices": [1]}}}, "`int` >= 1"),
         ({"metric": "f1", "parameters": {"lora.rank": {"choices": [1]}}}, "Invalid enum value"),
@@ -200,3 +204,12 @@ def test_whole_bounds_are_whole_numbers() -> None:
         read_tune({"metric": "loss", "parameters": {"lora.rank": {"choices": [1]}}}, "").direction
         == "minimize"
     )
+
+
+def test_a_study_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path, output = study(tmp_path), tmp_path / "tuned"
+    tune(path, output)
+    (output / "study.sqlite3").write_bytes(b"garbage" * 100)
+
+    with pytest.raises(ConfigError, match=r"study\.sqlite3: .*not a database; expected Optuna"):
+        tune(path, output)

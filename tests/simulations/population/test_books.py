@@ -20,7 +20,7 @@ from anabranch.client.private_round import Books
 from anabranch.client.site import Models
 from anabranch.client.tuning.lora import read_adapter
 from anabranch.protocols.adapter import Delta
-from anabranch.protocols.errors import AnabranchError, PrivacyError
+from anabranch.protocols.errors import AnabranchError, ConfigError, PrivacyError
 from anabranch.protocols.messages import Assignment, Trained
 from anabranch.protocols.tables import Privacy, Training
 from anabranch.simulations.cohort.private import train_private_cohort
@@ -205,6 +205,29 @@ def test_a_private_population_trains_together_as_its_clients_do_alone(tmp_path: 
         for name, array in wanted.arrays.items():
             np.testing.assert_allclose(delta.arrays[name], array, rtol=1e-5, atol=1e-5)
     assert together[0][0].noise_multiplier == together[1][0].noise_multiplier  # of one size
+
+
+@pytest.mark.parametrize(
+    "conduct",
+    [
+        Conduct(step_limit=lambda name, number, planned: planned),
+        Conduct(training_of=lambda name, training: training),
+    ],
+)
+def test_conduct_that_changes_a_private_plan_is_refused_and_nothing_is_spent(
+    tmp_path: Path, conduct: Conduct
+) -> None:
+    changes = ("batch_size = 10", "batch_size = 10\nlocal_steps = 3"), ("rounds = 2", "rounds = 1")
+    config = digits_run(*changes, extra="\n[privacy]\nepsilon = 4.0\n")
+    site = dataclasses.replace(
+        population(tmp_path, [30]), books=SimulatedBooks(), conduct=conduct
+    ).site(0)
+    adapter = read_adapter(Models().classifier(config, "cpu"))
+
+    with pytest.raises(ConfigError, match=r"does not go with \[privacy\]"):
+        site.prepare(Assignment(run="0" * 32, round=1, config=config), adapter)
+
+    assert site.books.spent(site.records(config)[0].identities(), DELTA) == 0.0
 
 
 def _a_round(

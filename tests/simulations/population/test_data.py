@@ -171,6 +171,20 @@ def test_a_hundred_thousand_records_are_not_a_hundred_thousand_tensors(
     assert tensors() - before < 20
 
 
+@pytest.mark.parametrize(("limit", "spill"), TIERS)
+def test_a_batch_of_no_records_is_empty_wherever_they_are_kept(
+    bert: Classifier, tmp_path: Path, limit: int, spill: int
+) -> None:
+    """A Poisson sample may be empty."""
+    features = Activations(bert, TEXTS, limit, SpillFile(tmp_path, spill)).features(rows(3, 1))
+
+    assert isinstance(features, Packing)
+    assert features.take([]) == []
+    values, length = features.packed(torch.zeros(0, dtype=torch.int64))
+    assert values.shape == (0, 24)
+    assert len(length) == 0
+
+
 def test_what_is_kept_nowhere_is_computed_again_and_said_once(
     bert: Classifier, caplog: pytest.LogCaptureFixture
 ) -> None:
