@@ -188,8 +188,8 @@ def compared(curves: dict[str, list[list[float]]], share: float, rounds: int) ->
                 unit="ratio",
                 target=target,
                 spread=(min(ratios), max(ratios)),
-                note=f"mean of {'all' if not name else 'the last'} {window} rounds; above 1: FedProx "
-                "with partial work beats FedAvg that drops stragglers",
+                note=f"mean of {window} rounds; above 1: FedProx with partial work beats FedAvg "
+                "that drops stragglers",
             )
         )
     return found

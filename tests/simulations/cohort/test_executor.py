@@ -58,7 +58,7 @@ def test_a_client_that_fails_in_an_unforeseen_way_fails_alone(
     for engine in ("sequential", "cohort"):
         events = Events()
         result = engines.run(
-            engine,  # type: ignore[arg-type]
+            engine,
             config,
             clients,
             initial_adapter(config),
