@@ -4,7 +4,8 @@
     dW_l = e_lᵀ h_l    db_l = Σ e_l    e_l-1 = (e_l W_l) · [h_l > 0]
 
 What grouped.py computes, without the cost of autograd, which is most of a step where layers are
-as small as these: no tensor here asks for a gradient. For perceptrons whose layers above the cut are trained in full, or frozen.
+as small as these: no tensor here asks for a gradient. For perceptrons whose layers above the cut
+are trained in full, or frozen.
 """
 
 from __future__ import annotations

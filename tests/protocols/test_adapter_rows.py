@@ -97,7 +97,7 @@ def test_a_row_is_refused_as_the_constructor_refuses_it() -> None:
     with pytest.raises(ValueError, match="expected num_examples >= 0, got -1"):
         Delta.of_row(SPEC, row, -1)
     with pytest.raises(IncompatibleAdapter, match="expected float32, got float64"):
-        Delta.of_row(SPEC, row.astype(np.float64), 1)  # type: ignore[arg-type]
+        Delta.of_row(SPEC, row.astype(np.float64), 1)
     with pytest.raises(IncompatibleAdapter, match="of a whole adapter"):
         Delta.of_row(SPEC, row, 1, part=Part(factors="B"))
     with pytest.raises(IncompatibleAdapter, match=f"expected {LENGTH} values"):

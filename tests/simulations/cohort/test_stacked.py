@@ -129,7 +129,8 @@ def test_a_row_is_the_adapter_it_was_made_of(classifier: Classifier) -> None:
     locals = cohort(classifier, [Client(seed=0), Client(seed=1)])
     layout = Layout(classifier.spec, {"head.bias"})
     for local in locals:
-        again = Adapter.of_rows(layout.spec, layout.flatten(local.start)[None])[0]
+        (again,) = Adapter.of_rows(layout.spec, layout.flatten(local.start)[None])
+        assert isinstance(again, Adapter)
         for name, array in local.start.arrays.items():
             np.testing.assert_array_equal(again.arrays[name], array)
 
