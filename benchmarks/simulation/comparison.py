@@ -64,6 +64,7 @@ class Work:
     turns: int
     variants: tuple[str, ...]
     clients: int = 0  # 0: the workload's
+    burst: int = 1  # rounds in a row: more where they last milliseconds, as in any run
 
     @property
     def rounds(self) -> int:
@@ -94,9 +95,10 @@ def measure(works: Sequence[Work], folder: Path) -> dict[str, dict[str, Laps]]:
         found = {}
         for work in works:
             taking = {name: engines[name] for name in work.variants}
-            for _ in range(work.rounds):
+            for at in range(0, work.rounds, work.burst):
                 for engine in taking.values():
-                    engine.round(work.workload)
+                    for _ in range(min(work.burst, work.rounds - at)):
+                        engine.round(work.workload)
             found[work.workload] = {n: e.laps[work.workload] for n, e in taking.items()}
     return found
 

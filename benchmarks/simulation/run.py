@@ -61,12 +61,12 @@ class Scale:
 FULL = Scale(
     groups=(
         (
-            Work(workload="mlp", warm=5, turns=40, variants=ALL),
+            Work(workload="mlp", warm=5, turns=40, variants=ALL, burst=5),
             Work(workload="cnn", warm=3, turns=12, variants=(*ALL, "pfl_last")),
             Work(workload="small", warm=25, turns=15, variants=ALL),
             Work(workload="full_depth", warm=3, turns=9, variants=ALL),
         ),
-        (Work(workload="mlp_100", warm=5, turns=20, variants=ALL),),
+        (Work(workload="mlp_100", warm=5, turns=20, variants=ALL, burst=5),),
         (
             Work(
                 workload="minilm",
@@ -85,8 +85,8 @@ FULL = Scale(
 QUICK = Scale(
     groups=(
         (
-            Work(workload="mlp", warm=1, turns=4, variants=SHORT, clients=20),
-            Work(workload="mlp_100", warm=1, turns=3, variants=SHORT, clients=100),
+            Work(workload="mlp", warm=1, turns=5, variants=SHORT, clients=20, burst=3),
+            Work(workload="mlp_100", warm=1, turns=3, variants=SHORT, clients=100, burst=2),
             Work(workload="cnn", warm=1, turns=2, variants=SHORT, clients=20),
             Work(workload="small", warm=1, turns=2, variants=SHORT, clients=20),
             Work(workload="full_depth", warm=1, turns=1, variants=("pfl", "ours"), clients=20),
