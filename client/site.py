@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -33,14 +32,13 @@ from anabranch.client.data.records import Records, load_records, split
 from anabranch.client.ledger import Ledger
 from anabranch.client.local import Learned, Local, train_alone
 from anabranch.client.memory import give_back
+from anabranch.client.models import MODELS, Models
 from anabranch.client.private_round import Books, PrivateRound, close_round, open_round
 from anabranch.client.site_file import SiteFile, ledger_of, read_site, witness_folder
-from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter
 from anabranch.client.tuning.metrics import evaluate
-from anabranch.client.tuning.prefix import PrefixCache
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.training import Schedule, predict, steps_per_round
 from anabranch.protocols import wire
@@ -56,72 +54,9 @@ from anabranch.protocols.errors import (
 )
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.protocols.spec import AdapterSpec, require_same_spec
-from anabranch.protocols.tables import Device, Lora
 from anabranch.storage.files import write_atomic
 
-CLASSIFIERS = 2  # held per thread: that of the run, and the wider one of the private adapter
-
 log = logging.getLogger(__name__)
-
-
-def require_device(device: Device) -> None:
-    """Raise ConfigError if the device is not there; nothing falls back to another one."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            'device = "cuda": torch sees no CUDA device here. Install a CUDA build of torch, or '
-            'set device = "cpu"'
-        )
-
-
-_Asked = tuple[RunConfig, Device, Lora | None, Classifier]  # and what the answer was
-
-
-class Models:
-    """Base models and prefix activations of this process, shared by its sites.
-
-    Frozen weights are loaded once; each thread has an adapter, head and cache of its own.
-    """
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-        self._lock = threading.Lock()
-
-    def classifier(self, config: RunConfig, device: Device, lora: Lora | None = None) -> Classifier:
-        """Return this thread's classifier for the model, task and adapter of `config`.
-
-        `lora` is for another adapter than `config.adapter`. Raises ConfigError if `device` is
-        "cuda" and there is none.
-        """
-        last: _Asked | None = self._local.__dict__.get("last")
-        if last is not None and last[0] is config and last[1:3] == (device, lora):
-            return last[3]
-        classifier = self._classifier(config, device, lora)
-        self._local.last = (config, device, lora, classifier)
-        return classifier
-
-    def _classifier(self, config: RunConfig, device: Device, lora: Lora | None) -> Classifier:
-        require_device(device)
-        lora = config.adapter if lora is None else lora
-        parts = (config.model, config.task, lora, config.data, config.seed, device)
-        key = msgspec.json.encode(parts)
-        held: dict[bytes, Classifier] = self._local.__dict__.setdefault("classifiers", {})
-        classifier = held.pop(key, None)
-        if classifier is None:
-            while len(held) >= CLASSIFIERS:
-                del held[next(iter(held))]  # the one that was not asked for the longest time
-            with self._lock:
-                classifier = load_classifier(config, lora=lora, device=device)
-        held[key] = classifier
-        return classifier
-
-    def cache(self, config: RunConfig) -> PrefixCache:
-        """Return this thread's prefix cache of the configured size."""
-        limit = config.training.cache_bytes
-        caches: dict[int, PrefixCache] = self._local.__dict__.setdefault("caches", {})
-        return caches.setdefault(limit, PrefixCache(limit))
-
-
-MODELS = Models()
 
 
 class Site:

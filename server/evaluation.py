@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.client.data.records import Records
-from anabranch.client.site import MODELS, Models
+from anabranch.client.models import MODELS, Models
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate

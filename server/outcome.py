@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from anabranch.client.data.records import Records
-from anabranch.client.site import MODELS
+from anabranch.client.models import MODELS
 from anabranch.client.tuning.metrics import confusion, evaluate
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError, ReleaseError

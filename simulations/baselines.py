@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from anabranch.client.data.records import Records
 from anabranch.client.memory import give_back
-from anabranch.client.site import Models, round_seed
+from anabranch.client.models import Models
+from anabranch.client.site import round_seed
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.metrics import evaluate

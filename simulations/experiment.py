@@ -35,7 +35,7 @@ from typing import Any, Literal
 import msgspec
 
 from anabranch.client.data.records import Records, load_records
-from anabranch.client.site import require_device
+from anabranch.client.models import require_device
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig, parse
 from anabranch.protocols.errors import ConfigError, DataError

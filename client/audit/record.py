@@ -35,8 +35,8 @@ from anabranch.client.audit.membership import (
 from anabranch.client.audit.replay import Parts, Replay, Subject, replay, replays_of, twins
 from anabranch.client.audit.report import MembershipRow, Part, part_of
 from anabranch.client.data.records import Records, load_records, split
+from anabranch.client.models import MODELS
 from anabranch.client.privacy import epsilon_of, plan_for
-from anabranch.client.site import MODELS
 from anabranch.client.site_file import read_site
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from anabranch.client.data.records import Records, load_records
-from anabranch.client.site import MODELS, require_device
+from anabranch.client.models import MODELS, require_device
 from anabranch.client.tuning.metrics import confusion, evaluate
 from anabranch.edge.runtime.classify import Model
 from anabranch.protocols.config import RunConfig, parse

@@ -32,7 +32,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from anabranch.client.site import MODELS, require_device
+from anabranch.client.models import MODELS, require_device
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError
 from anabranch.server.evaluation import initial_adapter

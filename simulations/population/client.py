@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from anabranch.client.data.records import Records
+from anabranch.client.models import MODELS, Models
 from anabranch.client.private_round import Books
-from anabranch.client.site import MODELS, Begun, Models, Site
+from anabranch.client.site import Begun, Site
 from anabranch.client.site_file import SiteFile
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples

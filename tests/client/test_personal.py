@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.client import personal
-from anabranch.client.site import Models, Site
+from anabranch.client.models import Models
+from anabranch.client.site import Site
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.lora import load_adapter, merged_weights, read_adapter

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from anabranch.client.models import Models
 from anabranch.client.privacy import epsilon_of
-from anabranch.client.site import Models, Site, round_seed
+from anabranch.client.site import Site, round_seed
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import read_adapter
 from anabranch.protocols import wire

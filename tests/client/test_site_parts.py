@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anabranch.client.site import Models, Site
+from anabranch.client.models import Models
+from anabranch.client.site import Site
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import read_adapter
 from anabranch.protocols import wire

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from anabranch.client import local
+from anabranch.client.models import Models
 from anabranch.client.privacy import epsilon_of
-from anabranch.client.site import Models, Site
+from anabranch.client.site import Site
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import read_adapter
 from anabranch.client.tuning.private import fit_private

@@ -8,7 +8,8 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from anabranch.client.flower import client_app
-from anabranch.client.site import Models, Site
+from anabranch.client.models import Models
+from anabranch.client.site import Site
 from anabranch.protocols import wire
 from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.server.app import app, coordinate

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from anabranch.client import privacy
 from anabranch.client.ledger import Ledger, Limit
 from anabranch.client.local import Learned, Local, train_alone
+from anabranch.client.models import Models
 from anabranch.client.privacy import Spend, epsilon_of, plan_for
 from anabranch.client.private_round import Books
-from anabranch.client.site import Models
 from anabranch.client.tuning.lora import read_adapter
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import AnabranchError, ConfigError, PrivacyError
