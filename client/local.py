@@ -59,10 +59,15 @@ def train_alone(local: Local) -> Learned:
     DataError for steps without records, PrivacyError if privacy cannot be established,
     IncompatibleAdapter for a part that is not there, ModelError if the frozen base changed.
     """
-    load_adapter(local.classifier, local.start)
-    learned = _fit(local) if local.private is None else _fit_private(local, local.private)
+    learned = train_unchecked(local)
     require_frozen(local.classifier)
     return learned
+
+
+def train_unchecked(local: Local) -> Learned:
+    """Train one site as `train_alone` does; whoever calls it checks the frozen base."""
+    load_adapter(local.classifier, local.start)
+    return _fit(local) if local.private is None else _fit_private(local, local.private)
 
 
 def require_frozen(classifier: Classifier) -> None:

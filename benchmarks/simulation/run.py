@@ -63,14 +63,14 @@ FULL = Scale(
         (
             Work(workload="mlp", warm=5, turns=40, variants=ALL, burst=5),
             Work(workload="cnn", warm=3, turns=12, variants=(*ALL, "pfl_last")),
-            Work(workload="small", warm=25, turns=15, variants=ALL),
+            Work(workload="small", warm=45, turns=15, variants=ALL),
             Work(workload="full_depth", warm=3, turns=9, variants=ALL),
         ),
         (Work(workload="mlp_100", warm=5, turns=20, variants=ALL, burst=5),),
         (
             Work(
                 workload="minilm",
-                warm=12,
+                warm=25,
                 turns=9,
                 variants=(*ALL, "ours_alone", "ours_bf16", "ours_bf16_two", "pfl_fixed"),
             ),

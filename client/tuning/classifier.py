@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anabranch.client.tuning.lora import HEAD, base_weights
+from anabranch.client.tuning.lora import HEAD, base_weights, unset_linear
 from anabranch.protocols.errors import ModelError
 from anabranch.protocols.spec import AdapterSpec
 
@@ -54,7 +54,7 @@ class Classifier(nn.Module, ABC):
         if hasattr(base, HEAD):
             raise ModelError(f"the base has a module named {HEAD!r}: the name is taken by the head")
         self.base = base.requires_grad_(False)
-        self.head = nn.utils.skip_init(nn.Linear, width, num_labels)
+        self.head = unset_linear(width, num_labels)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.base_digest = base_digest

@@ -37,7 +37,7 @@ def known_layers(classifier: nn.Module) -> list[tuple[nn.Module, list[nn.Paramet
             frozen = not any(p.requires_grad for p in module.base.parameters())
             parts = (module.base, module.lora_A, module.lora_B)
             if type(module) is LoraLinear and frozen and all(_is_plain_linear(m) for m in parts):
-                found.append((module, [module.lora_A.weight, module.lora_B.weight]))
+                found.append((module, [*module.lora_A.parameters(), *module.lora_B.parameters()]))
         elif module not in inside:
             norm = type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
             if _is_plain_linear(module) or (norm and _is_plain(module)):

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 HEAD = "head"  # the trainable linear layer above the base
 
 
+def unset_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """Return a layer whose values the caller sets; torch's global generator stays as it is.
+
+    torch.nn.utils.skip_init would do, and loads sympy for it: a third of a second.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return nn.Linear(in_features, out_features, bias=bias)
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update beside it.
 
@@ -36,8 +45,8 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, rng: torch.Generator) -> None:
         super().__init__()
         self.base = base
-        self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False)
-        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False)
+        self.lora_A = unset_linear(base.in_features, rank, bias=False)
+        self.lora_B = unset_linear(rank, base.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=rng)
         nn.init.zeros_(self.lora_B.weight)
         self.scaling = alpha / rank

@@ -18,7 +18,14 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from anabranch.client.local import Learned, Local, require_frozen, require_records, train_alone
+from anabranch.client.local import (
+    Learned,
+    Local,
+    require_frozen,
+    require_records,
+    train_alone,
+    train_unchecked,
+)
 from anabranch.client.tuning.active import union
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Dense, lengths
@@ -58,6 +65,7 @@ class CohortEngine:
         self._base_dtype = base_dtype
         self._products: WeakKeyDictionary[Classifier, Products] = WeakKeyDictionary()
         self._frozen = _Frozen()
+        self._unchecked: dict[Classifier, list[int]] = {}  # trained alone in this call: ids
 
     def train(self, locals: Sequence[Local]) -> list[Outcome]:
         """Return what came of every Local, in order; an error is that client's alone.
@@ -89,7 +97,19 @@ class CohortEngine:
                 self._say(locals[private[0]], PRIVATE_FLOAT32, len(private))
             trained = train_private_cohort([locals[i] for i in private])
             found.update(zip(private, trained, strict=True))
-        return [found[i] for i in range(len(locals))]
+        changed = self._changed()
+        return [changed.get(id(local), found[i]) for i, local in enumerate(locals)]
+
+    def _changed(self) -> dict[int, ModelError]:
+        """Return an error for every client trained alone whose frozen base is not what it was."""
+        errors: dict[int, ModelError] = {}
+        for classifier, clients in self._unchecked.items():
+            try:
+                self._frozen.require(classifier)
+            except ModelError as error:
+                errors.update(dict.fromkeys(clients, error))
+        self._unchecked.clear()
+        return errors
 
     def _by_itself(self, local: Local, known: _Known) -> Outcome | None:
         """Return what came of a client that is not trained together with others; else None."""
@@ -157,7 +177,10 @@ class CohortEngine:
             log.warning("%s: trained one client at a time: %s", local.name, reason)
         self.reasons[reason] += 1
         try:
-            return train_alone(local)
+            if local.private is not None:
+                return train_alone(local)
+            self._unchecked.setdefault(local.classifier, []).append(id(local))
+            return train_unchecked(local)
         except AnabranchError as error:
             return error
 
