@@ -49,7 +49,8 @@ def plain(classifier: Classifier, size: int, channels: int = 3) -> nn.Sequential
         *(nn.Flatten(), nn.Linear(32 * side * side, 128), nn.ReLU(), nn.Linear(128, 3)),
     )
     base = classifier.base
-    layers = [base.conv1, base.conv2, base.dense, classifier.head]
+    names = ("conv1", "conv2", "dense")
+    layers = [*(base.get_submodule(name) for name in names), classifier.head]
     for own, layer in zip((module[0], module[3], module[7], module[9]), layers, strict=True):
         own.load_state_dict(layer.state_dict())
     return module

@@ -96,6 +96,6 @@ def test_unknown_layer_is_refused_by_name(make_classifier: Callable[..., Classif
     own = nn.Module()
     for name, parameter in classifier.head.named_parameters():
         own.register_parameter(name, parameter)
-    classifier.head = own
+    classifier.head = own  # type: ignore[assignment]
     with pytest.raises(ModelError, match=r"^head: gradients per record are not known for Module"):
         require_per_record(classifier)
