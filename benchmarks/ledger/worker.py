@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anabranch.client import feedback, private_round
+from anabranch.client import local
 from anabranch.client.ledger import Ledger
 from anabranch.client.privacy import DpPlan, Spend
 from anabranch.client.site import Site
+from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.messages import Assignment
@@ -49,8 +50,8 @@ def work(
     _watch(Ledger, "reserve", "reserve", stage, die)
     _watch(Ledger, "settle", "settle", stage, die)
     _watch(Witnesses, "write", "witness", stage, die)
-    _watch(feedback, "send", "encode", stage, die)
-    _watch(private_round, "fit_private", "train", stage, die, first=_note(folder, run))
+    _watch(wire, "encode", "encode", stage, die)
+    _watch(local, "fit_private", "train", stage, die, first=_note(folder, run))
     release = _watched(_release, "release", stage, die)
     site = Site(folder)
     for number in range(1, RUN_ROUNDS + 1):
