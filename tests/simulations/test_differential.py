@@ -259,12 +259,12 @@ def require_same(world: World, folder: Path, engine: engines.Engine, workers: in
     assert isinstance(together, str) == isinstance(alone, str)
     if isinstance(alone, Adapter) and isinstance(together, Adapter):
         for name, array in alone.arrays.items():
-            tolerance = 1e-3 if world.config.uplink.codec != "fp32" else TOLERANCE
-            if (most := np.abs(array).max()) > HUGE:  # of a client that diverges
-                tolerance = 1e-2 * most  # rounding grew with the largest value
-            np.testing.assert_allclose(
-                together.arrays[name], array, rtol=tolerance, atol=tolerance, err_msg=name
-            )
+            relative = 1e-3 if world.config.uplink.codec != "fp32" else TOLERANCE
+            absolute, most = relative, float(np.abs(array).max())
+            if most > HUGE:  # of a client that diverges: rounding grew with its largest value
+                relative, absolute = 0.0, 1e-2 * most
+            got, wanted = (a.astype(np.float64) for a in (together.arrays[name], array))
+            np.testing.assert_allclose(got, wanted, relative, absolute, err_msg=name)
 
 
 def by_client(events: Events, kind: str) -> dict[tuple[str, int], dict[str, Any]]:
