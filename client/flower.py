@@ -40,9 +40,11 @@ from anabranch.protocols.errors import (
     DataError,
     MalformedMessage,
     ModelError,
+    PolicyError,
     PrivacyError,
     ProtocolError,
 )
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Reason, Refused, Trained
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec, require_same_spec, shown
@@ -57,6 +59,7 @@ REASONS: dict[type[AnabranchError], Reason] = {
     DataError: "data",
     ModelError: "model",
     PrivacyError: "privacy",
+    PolicyError: "policy",
     ProtocolError: "protocol",
 }
 
@@ -68,6 +71,7 @@ class Describe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     run: str
     config: RunConfig
+    signed: Signed | None = None
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,6 +93,9 @@ class SiteLike(Protocol):
     @property
     def max_rank(self) -> int | None:
         """The highest LoRA rank it trains; None: any."""
+
+    def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
+        """Raise PolicyError if this run may not ask anything here; called before `sizes`."""
 
     def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         """Return (training, held-out) records to be counted, or raise DataError."""
@@ -157,7 +164,9 @@ def _evaluate(site: SiteLike, content: RecordDict) -> RecordDict:
 
 
 def _describe(site: SiteLike, content: RecordDict) -> RecordDict:
-    train, held_out = site.sizes(_unpack(content, Describe).config)
+    describe = _unpack(content, Describe)
+    site.admit(describe.run, describe.config, describe.signed)
+    train, held_out = site.sizes(describe.config)
     return _pack(
         Described(
             site=site.name,

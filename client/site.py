@@ -52,6 +52,7 @@ from anabranch.protocols.errors import (
     ProtocolError,
     RunError,
 )
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.protocols.spec import AdapterSpec, require_same_spec
 from anabranch.storage.files import write_atomic
@@ -96,6 +97,9 @@ class Site:
             held = split(records, config.training.holdout, config.seed)
             self._records = {digest: held}
         return held
+
+    def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
+        """Admit every run: what the owner allows is decided in client/policy, before this."""
 
     def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         """Return the (training, held-out) records, which only have to be counted."""

@@ -5,6 +5,7 @@ AnabranchError           a sentence the user can act on; safe to show and to sen
 ├── DataError            records break the data contract
 ├── ModelError           a base model or adapter folder cannot be used
 ├── PrivacyError         privacy cannot be established: nothing may leave
+├── PolicyError          a site's owner does not allow it, or has not allowed it yet
 ├── RunError             a federated run cannot go on (quorum, engine, store)
 ├── ReleaseError         a release failed its own checks
 ├── BundleError          a bundle for devices cannot be trusted, opened or run
@@ -36,6 +37,10 @@ class ModelError(AnabranchError):
 
 class PrivacyError(AnabranchError):
     """Privacy cannot be established: nothing may leave."""
+
+
+class PolicyError(AnabranchError):
+    """A site's owner does not allow it, or has not allowed it yet."""
 
 
 class RunError(AnabranchError):

@@ -14,12 +14,13 @@ import msgspec
 from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.config import RunConfig, not_finite
 from anabranch.protocols.errors import ConfigError, MalformedMessage
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Engine, NotNegative
 
 MAX_JSON = 4 << 20  # bytes
 
-Reason = Literal["config", "data", "model", "privacy", "protocol", "internal"]
+Reason = Literal["config", "data", "model", "privacy", "policy", "protocol", "internal"]
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +30,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     round: Annotated[int, msgspec.Meta(ge=1)]
     config: RunConfig
     part: Part = WHOLE  # what to train and send
+    signed: Signed | None = None  # what sites with a policy approve; None: a run without sites
 
 
 class Trained(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +99,7 @@ class _Raw(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     round: Annotated[int, msgspec.Meta(ge=1)]
     config: msgspec.Raw
     part: Part = WHOLE
+    signed: Signed | None = None
 
 
 def _assignment(data: bytes) -> Assignment:
@@ -105,7 +108,7 @@ def _assignment(data: bytes) -> Assignment:
         config = _config(bytes(raw.config))
     except msgspec.DecodeError:
         return msgspec.json.decode(data, type=Assignment)  # says where in the message
-    return Assignment(run=raw.run, round=raw.round, config=config, part=raw.part)
+    return Assignment(run=raw.run, round=raw.round, config=config, part=raw.part, signed=raw.signed)
 
 
 @functools.lru_cache(maxsize=4)

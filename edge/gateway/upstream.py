@@ -26,6 +26,7 @@ from anabranch.edge.gateway.tasks import mechanism_of
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import DataError, RunError
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 
 POLL_S = 0.1
@@ -59,6 +60,9 @@ class GatewaySite:
     def max_rank(self) -> int | None:
         """Devices train whatever part is asked for."""
         return None
+
+    def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
+        """Admit every run: a gateway's operator decides with the tasks that are published."""
 
     def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         """Return as many records as the devices have declared, and none held out.

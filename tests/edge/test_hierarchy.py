@@ -32,6 +32,7 @@ from anabranch.edge.runtime.training import train
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig, parse
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.server.evaluation import initial_adapter
 from anabranch.simulations import engines
@@ -224,6 +225,9 @@ class Means:
     bundle: Bundle
     name: str = "north"
     max_rank: int | None = None
+
+    def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
+        pass
 
     def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         return range(sum(COUNTS)), ()

@@ -21,6 +21,7 @@ from anabranch.client.flower import SiteLike, client_app
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.simulations.grid import InProcessGrid
@@ -69,6 +70,9 @@ class ToySite:
     step: float | None = None
     held_out: int = 4
     max_rank: int | None = None
+
+    def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
+        pass
 
     def sizes(self, config: RunConfig) -> tuple[Sequence[int], Sequence[int]]:
         return range(self.num_examples), range(self.held_out)

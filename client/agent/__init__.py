@@ -1,0 +1,1 @@
+"""The long-lived process of a site: its identity, joining, preflight, and the work it is asked for."""

@@ -1,0 +1,1 @@
+"""What the owner of a site allows: policy, approvals, and the guard that every message passes."""

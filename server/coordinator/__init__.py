@@ -1,0 +1,1 @@
+"""The coordinator as a service: its folder, the door, the processes, runs that resume."""

@@ -1,0 +1,1 @@
+"""The read-only page and the metrics of a coordinator."""
