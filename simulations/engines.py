@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from flwr.clientapp import ClientApp
@@ -114,10 +114,6 @@ def run(
             return coordinate(grid)
     if engine == "flower":
         return run_in_flower(_app(clients), len(clients.names), coordinate, workers)
-    if engine not in VIRTUAL:
-        raise ConfigError(
-            f"engine: expected 'sequential', 'cohort', 'ray' or 'flower', got {engine!r}"
-        )
     federation = config.federation
     with _executor(engine, clients, config, workers, device, base_dtype) as executor:
         virtual = VirtualGrid(
@@ -140,7 +136,11 @@ def run(
 def require_engine(
     engine: Engine, *, virtual: bool = False, base_dtype: BaseDtype = "fp32", where: str = ""
 ) -> None:
-    """Raise ConfigError, beginning with `where`, for an engine that cannot do what is asked."""
+    """Raise ConfigError, beginning with `where`, for an engine that is none or cannot do this."""
+    if engine not in get_args(Engine):
+        raise ConfigError(
+            f"{where}engine: expected 'sequential', 'cohort', 'ray' or 'flower', got {engine!r}"
+        )
     if virtual and engine not in VIRTUAL:
         raise ConfigError(
             f'{where}engine = "{engine}" runs in real time: [devices], [clock] and [faults] need '

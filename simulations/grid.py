@@ -4,8 +4,9 @@ The round engine and any Flower strategy run on it unchanged. It behaves as Flow
 that matters: a client gets its own copy of a message's records (Flower's mods change them in
 place), keeps one Context between messages, and an exception becomes an error reply.
 
-This is the only module that touches what is private to Flower (TaskIdentity, ids in a
-message's metadata, the telemetry switch); a new release of Flower is checked against it first.
+This is the only module of simulations that touches what is private to Flower (TaskIdentity,
+ids in a message's metadata, error codes, the telemetry switch); a new release of Flower is
+checked against it first.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray is going to do anyway; it warns else
 }
 
+# Why Flower answers in a client's stead: codes of an error reply.
+UNKNOWN = ErrorCode.UNKNOWN
+RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+EXPIRED = ErrorCode.MESSAGE_UNAVAILABLE
+UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
 
 NUMBERS = itertools.count()
 JOIN_S = 1.0  # an idle thread ends at once
@@ -54,7 +60,35 @@ def quiet() -> None:
     telemetry.FLWR_TELEMETRY_ENABLED = "0"  # read from the environment when it was imported
 
 
-class InProcessGrid(Grid):
+class LocalGrid(Grid):
+    """A Grid without a server: the identity of a run, and what Flower asks of every Grid."""
+
+    def __init__(self) -> None:
+        self._run = begin_run()
+
+    def set_run(self, run: Run) -> None:
+        """Take another run's identity, as Flower's runtime does before a ServerApp starts."""
+        self._run = run
+        identify(run)
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message; deprecated by Flower, which still asks every Grid for it."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class InProcessGrid(LocalGrid):
     """Runs `client_app` once per message in `workers` threads.
 
     `sites[i]` is given to client i as `context.node_config["site"]`, with "partition-id" i and
@@ -71,10 +105,9 @@ class InProcessGrid(Grid):
     ) -> None:
         if workers < 1 or len(sites) < 1:
             raise ValueError(f"expected sites and workers, got {len(sites)} and {workers}")
+        super().__init__()
         self._app = client_app
         ids = list(node_ids) if node_ids is not None else list(range(1001, 1001 + len(sites)))
-        self._run = Run.create_empty(run_id=1)
-        identify(self._run)
         self._contexts = {
             node: Context(
                 run_id=self._run.run_id,
@@ -104,27 +137,6 @@ class InProcessGrid(Grid):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def set_run(self, run: Run) -> None:
-        """Take another run's identity, as Flower's runtime does before a ServerApp starts."""
-        self._run = run
-        identify(run)
-
-    @property
-    def run(self) -> Run:
-        """The run."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a message; deprecated by Flower, which still asks every Grid for it."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """Return the ids of all clients."""
@@ -165,8 +177,7 @@ class InProcessGrid(Grid):
     def _handle(self, message: Message) -> Message:
         context = self._contexts.get(message.metadata.dst_node_id)
         if context is None:
-            code = ErrorCode.NODE_UNAVAILABLE
-            reply = Message(Error(code=code, reason="no such node"), reply_to=message)
+            reply = error_reply(message, UNAVAILABLE, "no such node")
         else:
             reply = answered(self._app, message, context)
         number(reply)
@@ -180,9 +191,19 @@ def answered(
     try:
         return app(own_copy(message), context)
     except Exception as error:  # noqa: BLE001 - as Flower does: a client's error is a reply
-        text = f"{type(error)}:<'{error}'>"
-        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        return Message(Error(code=code, reason=text), reply_to=message)
+        return error_reply(message, RAISED, f"{type(error)}:<'{error}'>")
+
+
+def error_reply(message: Message, code: int, reason: str) -> Message:
+    """Return what Flower answers where no client does; `code` is one of those above."""
+    return Message(Error(code=code, reason=reason), reply_to=message)
+
+
+def begin_run() -> Run:
+    """Give this process a run of its own, as a Grid and every worker of one have; return it."""
+    run = Run.create_empty(run_id=1)
+    identify(run)
+    return run
 
 
 def identify(run: Run) -> None:
@@ -201,11 +222,16 @@ def number(message: Message) -> str:
 
 def own_copy(message: Message) -> Message:
     """Return the same message around records of its own; arrays' bytes are shared."""
-    own = copy(message)
-    own.__dict__["_metadata"] = copy(message.metadata)
     records = message.content
     arrays = {name: ArrayRecord(dict(r)) for name, r in records.array_records.items()}
     metrics = {name: MetricRecord(dict(r)) for name, r in records.metric_records.items()}
     configs = {name: ConfigRecord(dict(r)) for name, r in records.config_records.items()}
-    own.content = RecordDict({**arrays, **metrics, **configs})
+    return around(message, RecordDict({**arrays, **metrics, **configs}))
+
+
+def around(message: Message, content: RecordDict) -> Message:
+    """Return the same message around another content; the one that was given stays as it is."""
+    own = copy(message)
+    own.__dict__["_metadata"] = copy(message.metadata)
+    own.content = content
     return own

@@ -21,16 +21,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from flwr.app import Context, Message, MessageType, RecordDict
 
-from anabranch.simulations.grid import answered, identify, number
+from anabranch.simulations.grid import EXPIRED, LocalGrid, answered, error_reply, number
 
 Executor = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 
@@ -89,13 +86,12 @@ class _Pending:
     replies: list[Message] | None = None  # None: not computed yet
 
 
-class VirtualGrid(Grid):
+class VirtualGrid(LocalGrid):
     """`clients` nodes, whose messages `execute` answers.
 
     `ahead` is how many answers are computed together, the cohort of a run. `needed` is how many
     of the answers to one round's request to train count, if not all do: more are computed one by
-    one, when one of them is no good. `node_config` is what a client's context says of it, beside
-    "partition-id" and "num-partitions".
+    one, when one of them is no good.
     """
 
     def __init__(
@@ -107,12 +103,12 @@ class VirtualGrid(Grid):
         tampering: Tampering | None = None,
         ahead: int | None = None,
         needed: int | None = None,
-        node_config: Callable[[int], Mapping[str, str | int | float | bool]] = lambda client: {},
     ) -> None:
         if clients < 1:
             raise ValueError(f"expected clients, got {clients}")
+        super().__init__()
         self._execute, self._clients, self._journeys = execute, clients, journeys
-        self._tampering, self._ahead, self._node_config = tampering, ahead, node_config
+        self._tampering, self._ahead = tampering, ahead
         self._books = journeys if isinstance(journeys, Bookkeeping) else None
         self._needed, self._computed = needed, Counter[str]()  # round -> answers, of training
         self._now = 0.0
@@ -120,8 +116,6 @@ class VirtualGrid(Grid):
         self._fresh = False  # whether something was pushed since the last pull
         self._pending: dict[str, _Pending] = {}
         self._contexts: dict[int, Context] = {}  # of clients that keep something in it
-        self._run = Run.create_empty(run_id=1)
-        identify(self._run)
 
     def clock(self) -> float:
         """Return the virtual time, in seconds since the beginning."""
@@ -140,27 +134,6 @@ class VirtualGrid(Grid):
         if not math.isfinite(at):
             raise RuntimeError("the coordinator waits for ever, and nothing is under way")
         self._now = max(self._now, at)
-
-    def set_run(self, run: Run) -> None:
-        """Take another run's identity, as Flower's runtime does before a ServerApp starts."""
-        self._run = run
-        identify(run)
-
-    @property
-    def run(self) -> Run:
-        """The run."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a message; deprecated by Flower, which still asks every Grid for it."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Sequence[int]:
         """Return the ids of the clients that are connected now."""
@@ -217,11 +190,6 @@ class VirtualGrid(Grid):
             if not ids or self._now >= end:
                 return replies
             self.sleep(end - self._now)
-
-    def forget(self, message_ids: Iterable[str]) -> None:
-        """Drop requests whose answers nobody will pull."""
-        for i in message_ids:
-            self._pending.pop(i, None)
 
     def _compute(self) -> None:
         """Compute the next answers in the order of arrival, `ahead` of them."""
@@ -286,11 +254,7 @@ class VirtualGrid(Grid):
         return Context(
             run_id=self._run.run_id,
             node_id=FIRST_NODE + client,
-            node_config={
-                "partition-id": client,
-                "num-partitions": self._clients,
-                **self._node_config(client),
-            },
+            node_config={"partition-id": client, "num-partitions": self._clients},
             state=RecordDict(),
             run_config={},
         )
@@ -298,8 +262,7 @@ class VirtualGrid(Grid):
 
 def _expire(one: _Pending) -> None:
     """Let Flower answer, at the end of the message's time to live."""
-    error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="no reply in the time to live")
-    reply = Message(error, reply_to=one.message)
+    reply = error_reply(one.message, EXPIRED, "no reply in the time to live")
     number(reply)
     one.due, one.replies = one.expires, [reply]
 

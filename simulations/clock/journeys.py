@@ -23,8 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode
+from flwr.app import Message
 
 from anabranch.client.flower import DESCRIBE, pack_refused
 from anabranch.client.tuning.training import steps_per_round
@@ -34,6 +33,7 @@ from anabranch.simulations.clock.costs import grams, joules, spent, uniform
 from anabranch.simulations.clock.log import FAILED, KINDS, OUTCOMES, Log, RoundTimes, Row, log_of
 from anabranch.simulations.clock.pace import Ints, Pace
 from anabranch.simulations.clock.payload import Payloads
+from anabranch.simulations.grid import UNAVAILABLE, UNKNOWN, error_reply
 from anabranch.simulations.population.devices import Availability, Devices
 from anabranch.simulations.population.regions import region_of
 
@@ -142,8 +142,7 @@ class DeviceJourneys:
             refused = Refused(site=f"node-{client}", reason="model", message=text)
             return Message(pack_refused(refused), reply_to=message)
         if outcome in FAILED or (row.kind == TRAIN and row.round <= self._closed):
-            code = ErrorCode.NODE_UNAVAILABLE if outcome in FAILED else ErrorCode.UNKNOWN
-            return Message(Error(code=code, reason=outcome), reply_to=message)
+            return error_reply(message, UNAVAILABLE if outcome in FAILED else UNKNOWN, outcome)
         return None
 
     def computed(self, message: Message) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, TypeGuard
 
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 TOGETHER = 128  # clients whose records are in memory at once
 TIDY_S = 1.0
-
-Answer = Callable[[Message, Context], Message]
 
 
 class Preparing(SiteLike, Protocol):

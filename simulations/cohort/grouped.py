@@ -20,6 +20,7 @@ clients are trained one at a time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +86,7 @@ class Grouped:
                 raise Unbatchable(f"{layer.name} took no part in the loss")
 
 
-class _Layer:
+class _Layer(ABC):
     """What all replaced layers share."""
 
     name = ""
@@ -95,13 +96,13 @@ class _Layer:
     def __init__(self, group: Grouped) -> None:
         self.group = group
 
+    @abstractmethod
     def bind(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         """Use these values, and write gradients there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the layer says of x (rows, …, in)."""
-        raise NotImplementedError
 
     def enter(self, x: Tensor) -> Tensor | None:
         """Return the token for autograd, if the layer is trained; refuse other rows."""

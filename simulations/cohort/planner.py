@@ -1,4 +1,4 @@
-"""How a cohort is cut into micro-cohorts, and work into shares of equal weight.
+"""How a cohort is cut into micro-cohorts.
 
 Batching clients saves the cost of many small operations. It pays until the rows of a micro-cohort
 (clients × records of a batch × tokens of a record) fill the matrix kernels, and costs time
@@ -7,7 +7,6 @@ when its activations, or the clients' own values, no longer fit the processor's 
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,20 +43,3 @@ def micro_cohorts(work: Sequence[Work], *, width: int, values: int) -> list[list
         else:
             last.append(i)
     return cohorts
-
-
-def balance(weights: Sequence[float], workers: int) -> list[list[int]]:
-    """Return the items of every worker, by index: the longest first, to whoever has least.
-
-    The largest share is at most 4/3 − 1/(3 · workers) of the best possible (Graham 1969, "Bounds
-    on multiprocessing timing anomalies", theorem 2).
-    """
-    if workers < 1:
-        raise ValueError(f"expected workers >= 1, got {workers}")
-    shares: list[list[int]] = [[] for _ in range(workers)]
-    least = [(0.0, worker) for worker in range(workers)]
-    for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-        load, worker = heapq.heappop(least)
-        shares[worker].append(i)
-        heapq.heappush(least, (load + weights[i], worker))
-    return shares

@@ -1,16 +1,20 @@
 """Workers on a Ray cluster: one actor per core or GPU, over shards of every cohort.
 
 An existing cluster is found as Ray finds it (RAY_ADDRESS, or a node started on this machine
-with `ray start`); without one, Ray starts on this machine. Clients and the frozen base go through
-Ray's object store: once per node, whatever the number of actors, and a node needs no model files.
+with `ray start`); without one, Ray starts on this machine, unless RAY_ADDRESS says where it should
+be. Clients and the frozen base go through Ray's object store: once per node, whatever the number
+of actors, and a node needs no model files.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from anabranch.client.tuning import bases
 from anabranch.protocols.config import RunConfig
@@ -20,6 +24,9 @@ from anabranch.simulations.clients import Clients
 from anabranch.simulations.cohort.precision import BaseDtype
 from anabranch.simulations.cohort.shard import Answers, Batch, Shard
 from anabranch.simulations.grid import QUIET, quiet
+
+WORDS = ("auto", "local")  # of RAY_ADDRESS, which are no address
+LISTENS_S = 5.0  # a machine that does not accept a connection by then is not there
 
 
 @contextmanager
@@ -32,7 +39,8 @@ def ray_workers(
 ) -> Iterator[Sequence[_Actor]]:
     """Yield `count` actors, spread over the nodes of the cluster.
 
-    Raises RunError if the cluster has not the cores (or, for "cuda", the GPUs) for them.
+    Raises RunError if no Ray answers at RAY_ADDRESS, or if the cluster has not the cores (or, for
+    "cuda", the GPUs) for them.
     """
     quiet()
     import ray
@@ -54,9 +62,15 @@ def ray_workers(
 
 
 def _connect(count: int) -> None:
-    """Join the cluster that is there, or start Ray on this machine with `count` cores."""
+    """Join the cluster that is there, or start Ray on this machine with `count` cores.
+
+    Raises RunError if RAY_ADDRESS is set and no Ray answers there.
+    """
     import ray
 
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address not in ("", *WORDS):
+        _require_listener(address)
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.WARNING,
@@ -64,8 +78,34 @@ def _connect(count: int) -> None:
     }
     try:
         ray.init(address="auto", **options)
-    except ConnectionError:
+    except ConnectionError as error:
+        if address:
+            raise _nobody_at(address, error) from None
         ray.init(num_cpus=count, include_dashboard=False, **options)
+
+
+def _require_listener(address: str) -> None:
+    """Raise RunError unless somebody listens there: Ray itself goes on trying for minutes."""
+    try:
+        at = urlsplit(address if "://" in address else f"//{address}")
+        host, port = at.hostname, at.port
+        if at.scheme not in ("", "ray"):
+            return  # a way of its own to a cluster: Ray's to find
+    except ValueError as error:
+        raise _nobody_at(address, error) from None
+    if host is None or port is None:
+        raise _nobody_at(address, "expected HOST:PORT")
+    try:
+        socket.create_connection((host, port), timeout=LISTENS_S).close()
+    except OSError as error:
+        raise _nobody_at(address, error) from None
+
+
+def _nobody_at(address: str, reason: object) -> RunError:
+    return RunError(
+        f"RAY_ADDRESS = {address}: no Ray cluster answers there ({reason}): start one with `ray "
+        "start --head`, correct the address, or unset RAY_ADDRESS to run Ray on this machine"
+    )
 
 
 def _require_room(resources: dict[str, float], count: int, device: Device) -> None:

@@ -19,7 +19,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
-from flwr.supercore.run import Run
 from numpy.typing import NDArray
 
 from anabranch.client.flower import Handed, SiteFor, SiteLike, client_app, hand_over
@@ -32,7 +31,7 @@ from anabranch.simulations.clients import Clients
 from anabranch.simulations.cohort.engine import CohortEngine
 from anabranch.simulations.cohort.executor import CohortExecutor
 from anabranch.simulations.cohort.precision import BaseDtype
-from anabranch.simulations.grid import identify, quiet
+from anabranch.simulations.grid import begin_run, quiet
 
 Rows = NDArray[np.float32]
 SLACK = 1.1  # of a worker's fair share, before a client is trained elsewhere
@@ -72,7 +71,7 @@ class Shard:
     def __init__(self, clients: Clients, base_dtype: BaseDtype = "fp32") -> None:
         torch.set_num_threads(1)  # more than one per process is several times slower
         quiet()
-        identify(Run.create_empty(run_id=1))
+        begin_run()
         self._count = len(clients.names)
         self._execute = CohortExecutor(site_of(clients), CohortEngine(base_dtype))
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,6 +58,7 @@ from anabranch.simulations.faults.plan import (
     Scale,
     SignFlip,
 )
+from anabranch.simulations.grid import around
 from anabranch.simulations.virtual_grid import Bookkeeping, Journeys
 
 ASKED = {DESCRIBE: "describe", "train": "train", "evaluate": "evaluate"}
@@ -176,7 +176,7 @@ class FaultyMessages:
             return [reply]
         factor = float(np.prod([_factor(fault) for fault in faults]))
         if factor != 1.0:
-            reply = _with(reply, lied(reply.content, request.content, factor))
+            reply = around(reply, lied(reply.content, request.content, factor))
         for fault in faults:
             if isinstance(fault, ClockSkew):
                 reply = _skewed(reply, fault.seconds)
@@ -188,7 +188,7 @@ class FaultyMessages:
 
     def _corrupted(self, message: Message, fault: Corrupt) -> Message:
         plan, text = self.struck.plan, msgspec.json.encode(fault).decode()
-        return _with(message, corrupted(message.content, fault, rng_of(plan.seed, text)))
+        return around(message, corrupted(message.content, fault, rng_of(plan.seed, text)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +305,7 @@ def _factor(fault: Fault) -> float:
 
 def _skewed(reply: Message, seconds: float) -> Message:
     """Return an answer of a client whose clock is off: when it was made, and how long it took."""
-    skewed = _with(reply, _timed(reply.content, seconds))
+    skewed = around(reply, _timed(reply.content, seconds))
     skewed.metadata.created_at += seconds
     return skewed
 
@@ -329,11 +329,3 @@ def _timed(content: RecordDict, seconds: float) -> RecordDict:
 
 def _later(trained: Trained, seconds: float) -> Trained:
     return msgspec.structs.replace(trained, seconds=max(0.0, trained.seconds + seconds))
-
-
-def _with(message: Message, content: RecordDict) -> Message:
-    """Return the same message around another content; the one that was given stays as it is."""
-    own = copy(message)
-    own.__dict__["_metadata"] = copy(message.metadata)
-    own.content = content
-    return own

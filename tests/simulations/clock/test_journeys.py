@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.supercore.run import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +27,7 @@ from anabranch.protocols.tables import Uplink
 from anabranch.simulations.clock.flops import Work
 from anabranch.simulations.clock.journeys import DeviceJourneys
 from anabranch.simulations.clock.payload import Payloads
-from anabranch.simulations.grid import identify, number
+from anabranch.simulations.grid import begin_run, number
 from anabranch.simulations.virtual_grid import Bookkeeping
 from tests.simulations.clock.virtual import Windows, devices_of, journeys_of, name
 from tests.simulations.rig import SPEC, adapter, config
@@ -39,7 +38,7 @@ RUN = config(deadline_s=100.0)
 
 
 def request(kind: str = "train", round: int = 1, part: Part | None = None) -> Message:
-    identify(Run.create_empty(run_id=1))
+    begin_run()
     assignment = Assignment(run="toy-1", round=round, config=RUN, part=part or Part())
     content = pack_assignment(assignment, wire.encode(adapter()))
     message = Message(content, 1001, kind, group_id=str(round))
@@ -221,7 +220,7 @@ def test_who_is_there_is_asked_at_no_cost() -> None:
 
 
 def test_another_servers_messages_cost_what_they_weigh() -> None:
-    identify(Run.create_empty(run_id=1))
+    begin_run()
     values = np.zeros(1000, np.float32)
     content = RecordDict({"weights": ArrayRecord({"w": Array(values)})})
     message = Message(content, 1001, "train", group_id="")

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from itertools import product
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,12 +9,10 @@ from anabranch.simulations.cohort.planner import (
     VALUES,
     WIDE,
     Work,
-    balance,
     micro_cohorts,
 )
 
 WORK = st.lists(st.builds(Work, steps=st.integers(1, 9), rows=st.integers(1, 3000)), max_size=60)
-WEIGHTS = st.lists(st.integers(0, 50), max_size=7)
 
 
 @given(WORK, st.sampled_from([16, WIDE, 384]), st.integers(1, VALUES))
@@ -46,24 +41,3 @@ def test_a_client_that_fills_a_cohort_is_alone() -> None:
     work = [Work(steps=1, rows=5000), Work(steps=3, rows=5000)]
     assert micro_cohorts(work, width=64, values=10) == [[1], [0]]
     assert micro_cohorts([], width=64, values=10) == []
-
-
-@given(WEIGHTS, st.integers(1, 3))
-def test_shares_are_near_the_best_possible(weights: list[int], workers: int) -> None:
-    shares = balance(weights, workers)
-    assert sorted(i for share in shares for i in share) == list(range(len(weights)))
-    largest = max(sum(weights[i] for i in share) for share in shares)
-    best = min(
-        max(sum(w for w, at in zip(weights, where, strict=True) if at == k) for k in range(workers))
-        for where in product(range(workers), repeat=len(weights))
-    )
-    assert 3 * workers * largest <= (4 * workers - 1) * best
-
-
-def test_the_heaviest_go_first() -> None:
-    assert balance([1.0, 5.0, 3.0, 3.0], 2) == [[1, 0], [2, 3]]
-
-
-def test_no_workers_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected workers >= 1, got 0"):
-        balance([1.0], 0)

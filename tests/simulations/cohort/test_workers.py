@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from anabranch.protocols.errors import RunError
 from anabranch.server.evaluation import initial_adapter
 from anabranch.server.result import Result
 from anabranch.simulations import engines
+from anabranch.simulations.cohort.ray_actors import ray_workers
 from anabranch.simulations.cohort.shard import Batch
 from anabranch.simulations.cohort.workers import local_workers
 from anabranch.simulations.population.clients import PopulationClients
@@ -67,6 +70,57 @@ def test_what_goes_wrong_in_a_worker_is_told(tmp_path: Path) -> None:
         worker.send(Batch((), ((0, "train", 7),)))
         with pytest.raises(RunError, match="a worker process failed: IndexError"):
             worker.receive()
+
+
+def require_no_ray(address: str, reason: str, tmp_path: Path) -> None:
+    """Fail unless a cluster that RAY_ADDRESS names and that is not there is said to be missing."""
+    import ray
+
+    wanted = f"RAY_ADDRESS = {re.escape(address)}: no Ray cluster answers there .*{reason}"
+    with (
+        pytest.raises(RunError, match=wanted),
+        ray_workers(population(tmp_path, SIZES), 1, digits_run(), "cpu"),
+    ):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_an_address_where_nobody_listens_is_refused_and_no_ray_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as held:  # bound, so that nobody else listens there
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        require_no_ray(address, "refused.*unset RAY_ADDRESS", tmp_path)
+        monkeypatch.setenv("RAY_ADDRESS", f"ray://{address}")
+        require_no_ray(f"ray://{address}", "refused", tmp_path)
+
+
+def test_a_listener_that_is_no_ray_is_refused_and_no_ray_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def init(**options: object) -> None:  # what Ray raises, after its many attempts
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        require_no_ray(address, "Failed to connect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("head", "expected HOST:PORT"), (":6379", "expected HOST:PORT"), ("head:port", "Port")],
+)
+def test_an_address_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, reason: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    require_no_ray(address, reason, tmp_path)
 
 
 @pytest.fixture
