@@ -15,7 +15,9 @@ Checked against flwr 1.41 and 1.42; tests/server/test_superlink.py tells when a 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,8 +82,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def serve(socket: Path, database: Path) -> None:
-    """Serve a SuperLink at `socket` with its state in `database`, until the process is ended.
+def serve(path: Path, database: Path) -> None:
+    """Serve a SuperLink at the socket `path`, its state in `database`, until the process ends.
 
     The folder of the socket must be the owner's alone.
     """
@@ -116,8 +118,9 @@ def serve(socket: Path, database: Path) -> None:
         isolation="process",
         runtime_dependency_install=False,
     )
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     app = create_app(config, SuperLinkLifespan)
-    uvicorn.run(app, uds=str(socket), log_level="warning", access_log=False)
+    uvicorn.run(app, uds=str(path), log_level="warning", access_log=False)
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,11 @@ class SuperLink:
     def ready(self) -> bool:
         """Whether it answers."""
         try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(self.socket))
             with self._http(timeout=5.0) as http:
                 return http.get("/health").is_success
-        except httpx.TransportError:
+        except (httpx.TransportError, OSError):
             return False
 
     def wait_ready(self, timeout_s: float) -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from anabranch.protocols.errors import RunError
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -110,17 +112,21 @@ def sweep(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, busy: str = "") -> Iterator[None]:
     """Let one process at a time read and replace `path`; waits for its turn.
 
-    The lock is advisory, on a hidden file beside `path`, and ends with the process. Where the
-    system has no flock, as on Windows, there is none.
+    With `busy` it does not wait: RunError with this text if another process has its turn. The lock
+    is advisory, on a hidden file beside `path`, and ends with the process. Where the system has no
+    flock, as on Windows, there is none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError:
+                raise RunError(busy) from None
         yield
     finally:
         os.close(handle)

@@ -72,6 +72,7 @@ class Door:
     buckets: Buckets = field(init=False)
     refused: dict[str, int] = field(default_factory=dict)  # code -> how often
     _told: dict[tuple[str, str], float] = field(default_factory=dict)
+    _invited: set[str] = field(default_factory=set)  # sites whose invitation has been used
     _http: httpx.AsyncClient | None = None
 
     def __post_init__(self) -> None:
@@ -114,16 +115,16 @@ class Door:
             return await self._own(site, method, path, scope, receive)
         raise Refused(404, "not served", "this is not served here")
 
-    async def _join(
-        self, address: str, scope: Scope, receive: Receive
-    ) -> tuple[int, bytes, bytes]:
+    async def _join(self, address: str, scope: Scope, receive: Receive) -> tuple[int, bytes, bytes]:
         if not self.buckets.take_join(address):
             raise Refused(429, "too many requests", "too many attempts to join; try again later")
         body = await _body(scope, receive, join.MAX_BODY)
 
         def work() -> msgspec.Struct:
             asked = join.decode(body, join.Join)
-            return enrolment.join(self.federation, asked, self.wall(), self.link.register)
+            joined = enrolment.join(self.federation, asked, self.wall(), self.link.register)
+            self._invited.add(joined.site)
+            return joined
 
         return await _said(work)
 
@@ -165,7 +166,21 @@ class Door:
             raise Refused(403, "not valid yet", "the certificate is not valid yet")
         if now > certificate.not_valid_after_utc.timestamp():
             raise Refused(403, "expired", "the certificate has expired; join again")
+        if site.name in self._invited:  # it comes with its certificate for the first time
+            self._invited.discard(site.name)
+            self.federation.state.arrived(site.name)
         return site
+
+    def refresh(self, context: ssl.SSLContext, now: float) -> None:
+        """Let strangers knock only while an invitation is open; take up a renewed certificate.
+
+        For connections that come from now on.
+        """
+        invitations = self.federation.state.open_invitations(now)
+        self._invited = {one.site for one in invitations if one.used is not None}
+        context.verify_mode = ssl.CERT_OPTIONAL if invitations else ssl.CERT_REQUIRED
+        key, certificate = self.federation.server_credentials()
+        context.load_cert_chain(certificate, key)
 
     async def _forward(self, scope: Scope, body: bytes) -> tuple[int, bytes, bytes]:
         headers = [
@@ -196,7 +211,7 @@ class Door:
             self._told.clear()
         self._told[key] = now
         await run_in_threadpool(
-            self.federation.audit.append, "peer_refused", code=refused.code, address=address
+            self.federation.audit.append, "peer-refused", code=refused.code, address=address
         )
 
 
@@ -210,17 +225,6 @@ def server_context(federation: Federation) -> ssl.SSLContext:
     context.load_verify_locations(federation.authority_file)
     context.verify_mode = ssl.CERT_REQUIRED
     return context
-
-
-def refresh(federation: Federation, context: ssl.SSLContext, now: float) -> None:
-    """Let strangers knock only while an invitation is open, and take up a renewed certificate.
-
-    For connections that come from now on.
-    """
-    invited = bool(federation.state.open_invitations(now))
-    context.verify_mode = ssl.CERT_OPTIONAL if invited else ssl.CERT_REQUIRED
-    key, certificate = federation.server_credentials()
-    context.load_cert_chain(certificate, key)
 
 
 async def _said(work: Callable[[], msgspec.Struct]) -> tuple[int, bytes, bytes]:

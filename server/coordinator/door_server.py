@@ -14,13 +14,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anabranch.server.coordinator.child import end_with_parent
-from anabranch.server.coordinator.door import PEER, Door, refresh, server_context
+from anabranch.server.coordinator.door import PEER, Door, server_context
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.superlink import SuperLink
 
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class PeerProtocol(H11Protocol):
     """HTTP/1.1 that tells the application who its peer is, and does not wait for ever."""
 
-    connections: Counter[str] = Counter()
-    most = 64  # of one address
+    held: ClassVar[Counter[str]] = Counter()  # connections, by address
+    most: ClassVar[int] = 64  # of one address
 
     def connection_made(self, transport: Any) -> None:
         """Take a connection, unless its address has too many."""
@@ -43,7 +43,7 @@ class PeerProtocol(H11Protocol):
         secure = transport.get_extra_info("ssl_object")
         peer = secure.getpeercert(True) if secure else None
         self._address = (transport.get_extra_info("peername") or ("?",))[0]
-        self.connections[self._address] += 1
+        self.held[self._address] += 1
         self._idle: asyncio.TimerHandle | None = None
         inner = self.app
 
@@ -53,7 +53,7 @@ class PeerProtocol(H11Protocol):
             await inner(scope, receive, send)
 
         self.app = with_peer
-        if self.connections[self._address] > self.most:
+        if self.held[self._address] > self.most:
             transport.abort()
             return
         self._wait(True)
@@ -66,9 +66,9 @@ class PeerProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._wait(False)
-        self.connections[self._address] -= 1
-        if not self.connections[self._address]:
-            del self.connections[self._address]
+        self.held[self._address] -= 1
+        if not self.held[self._address]:
+            del self.held[self._address]
         super().connection_lost(exc)
 
     def _wait(self, on: bool) -> None:
@@ -110,7 +110,7 @@ async def serve(federation: Federation, link: SuperLink) -> None:
 
     async def keep_up() -> None:
         while not server.should_exit:
-            refresh(federation, context, time.time())
+            door.refresh(context, time.time())
             await asyncio.sleep(REFRESH_S)
 
     keeping = asyncio.create_task(keep_up())
@@ -124,6 +124,7 @@ def main(folder: Path, socket: Path) -> None:
     """Run the process."""
     end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells every request
     asyncio.run(serve(Federation(folder), SuperLink(socket)))
 
 

@@ -1,4 +1,4 @@
-"""The process of the SuperLink: python -m anabranch.server.coordinator.superlink_server SOCKET DB."""
+"""The SuperLink's process: python -m anabranch.server.coordinator.superlink_server SOCKET DB."""
 
 from __future__ import annotations
 

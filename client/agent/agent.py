@@ -1,0 +1,262 @@
+"""The process of a site: `anabranch site serve`.
+
+    keeper thread   says that the site is here and what it does; renews the certificate;
+                    writes state.json
+    main thread     a message ─► fetch ─► policy and work (client/policy, client/site.py) ─► answer
+
+It runs what is installed here and nothing else: the hash of the app that a message's run names
+must be that of this software, and no byte of an app is fetched. What fails goes to the log of
+this process; to the coordinator goes a reason and a safe sentence (client/flower.py).
+
+Nothing ends it but its owner: a coordinator that cannot be reached, refuses, or speaks nonsense
+is asked again, after a pause that grows to PAUSE_S, and state.json says why and since when.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from flwr.app import Context, Message, RecordDict
+
+from anabranch.client.agent.door import Door, renew_if_needed
+from anabranch.client.agent.identity import Identity
+from anabranch.client.agent.status import agent_state, write_state
+from anabranch.client.agent.work import Doing, Told
+from anabranch.client.fleet import BEAT_S, Announced, Fleet, Over, Refused, Unreachable
+from anabranch.client.flower import client_app, pack_refused
+from anabranch.client.policy.code import app_hash, code_digest, version
+from anabranch.client.policy.guard import GuardedSite
+from anabranch.client.policy.policy_file import read_policy
+from anabranch.client.site import Site
+from anabranch.protocols import messages
+from anabranch.protocols.errors import AnabranchError, ProtocolError, RunError
+from anabranch.storage.audit_log import AuditLog
+from anabranch.storage.files import locked, sweep, write_atomic
+
+REPORT_S = 2.0  # between two reports, at most; a change is told at once
+BUSY_S, IDLE_S = 0.1, 1.0  # between two looks for a message: just after work, and later
+PAUSE_S = 15.0  # between two attempts, at most
+SKEW_S = 60.0  # a clock that is further off is named as the reason
+NODE = "identity/node"  # Flower's id of this site's node
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Agent:
+    """One site's process. `stop` ends it between two steps of work."""
+
+    folder: Path
+    stop: threading.Event = field(default_factory=threading.Event)
+    clock: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        self.identity = Identity(self.folder)
+        self.audit = AuditLog(
+            self.folder / "audit.jsonl",
+            self.folder / "audit.key",
+            f"site {self.identity.name} of {self.identity.federation}",
+        )
+        self.doing = Doing(version(), self.clock)
+        guarded = GuardedSite(
+            self.folder, Site(self.folder, watch=self._watch), audit=self.audit, clock=self.clock
+        )
+        self.told = Told(guarded, self.doing)
+        self.app = client_app(lambda context: self.told)
+        self._link = "not connected yet"  # why the coordinator is not reached; "": it is
+        self._fleet: Fleet | None = None
+        self._pause = 0.0
+
+    def serve(self) -> None:
+        """Work until `stop` is set."""
+        sweep(self.folder)
+        keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        keeper.start()
+        self.audit.append("agent-started", version=version(), code=code_digest())
+        while not self.stop.is_set():
+            try:
+                self._attend()
+            except AnabranchError as error:
+                self._lost(error)
+        keeper.join(timeout=5.0)
+        self.audit.append("agent-stopped")
+
+    def _watch(self, activity: str, step: int, steps: int) -> None:
+        self.doing.watch(activity, step, steps)  # type: ignore[arg-type]
+        if self.stop.is_set():
+            raise RunError("the agent is being stopped; the round goes on when it is back")
+
+    def _attend(self) -> None:
+        """Connect, and attend to messages until the connection is lost."""
+        certificate = self.identity.certificate()
+        fleet = Fleet(self.identity.address, self.identity.context(), self.identity.key())
+        try:
+            self._connect(fleet)
+            self._fleet, self._link, self._pause = fleet, "", 0.0
+            self.told.rest()
+            log.info("connected to %s as node %s", self.identity.address, fleet.node)
+            quiet = time.monotonic()
+            while not self.stop.is_set():
+                if (announced := fleet.receive()) is not None:
+                    self._handle(fleet, announced)
+                    self.told.rest()
+                    quiet = time.monotonic()
+                    continue
+                if self.identity.certificate() != certificate:
+                    return  # renewed: the next connection shows the new one
+                waited = time.monotonic() - quiet
+                self.stop.wait(min(IDLE_S, BUSY_S + waited / 10))
+        finally:
+            self._fleet = None
+            fleet.close()
+
+    def _connect(self, fleet: Fleet) -> None:
+        file = self.folder / NODE
+        known = int(file.read_text()) if file.exists() else 0
+        if known:
+            try:
+                fleet.connect(known)
+                return
+            except Refused:
+                file.unlink()  # of an earlier registration
+                raise
+        write_atomic(file, str(fleet.connect()).encode(), 0o600)
+
+    def _handle(self, fleet: Fleet, announced: Announced) -> None:
+        """Fetch one message, work on it, and send the answer."""
+        began = time.monotonic()
+        self.doing.set("receiving", message=announced.id, run="", round=0)
+        try:
+            message = self._message(fleet, announced)
+            if message is None:
+                return
+            reply = self.app(message, _context(fleet, announced))
+            if self.stop.is_set():
+                return  # not an answer; the coordinator asks again
+            self._answer(fleet, reply, time.monotonic() - began)
+        except Over as error:
+            self._link = ""  # it was the coordinator who said so
+            log.info("message %s: %s", announced.id[:12], error)
+
+    def _message(self, fleet: Fleet, announced: Announced) -> Message | None:
+        """Return the message if its run names this software; else answer with a refusal."""
+        limit = read_policy(self.folder).limits.message_bytes
+        wants, ours = fleet.app(announced.run), app_hash(code_digest())
+        if wants == ours:
+            return fleet.fetch(announced, limit, self._moved("receiving"))
+        text = (
+            f"the run is for other software (app {wants[:12]}…) than this site has (app "
+            f"{ours[:12]}…, anabranch {version()}): install the version that it was proposed for, "
+            "or have it proposed again; nothing was run"
+        )
+        self.audit.append("refused", code="app", app=wants)
+        refused = messages.Refused(site=self.identity.name, reason="policy", message=text)
+        reply = Message(pack_refused(refused), reply_to=fleet.bare(announced))
+        self._answer(fleet, reply, 0.0)
+        return None
+
+    def _answer(self, fleet: Fleet, reply: Message, seconds: float) -> None:
+        """Send an answer; while the coordinator is away, try again. It is stored, if a delta."""
+        pause = 0.5
+        self.doing.set("uploading")
+        while not self.stop.is_set():
+            try:
+                fleet.answer(reply, seconds, self._moved("uploading"))
+            except Unreachable as error:
+                self.doing.set(reason=str(error))
+                self._link = str(error)
+                self.stop.wait(pause)
+                pause = min(2 * pause, PAUSE_S)
+                continue
+            self._link = ""
+            return
+
+    def _moved(self, activity: str) -> Callable[[int, int], None]:
+        def heard(done: int, total: int) -> None:
+            self.doing.set(activity, step=done, steps=total)  # type: ignore[arg-type]
+            if self.stop.is_set():
+                raise Over("the agent is being stopped")
+
+        return heard
+
+    def _lost(self, error: AnabranchError) -> None:
+        """Say why there is no connection, and wait a little longer each time."""
+        self._pause = min(max(0.5, 2 * self._pause), PAUSE_S)
+        self._link = str(error)
+        self.doing.set("starting", reason=str(error), message="")
+        log.warning("%s; trying again in %.1f s", error, self._pause)
+        self.stop.wait(self._pause)
+
+    def _keep(self) -> None:
+        """The keeper thread: every failure is said in state.json and tried again."""
+        door: Door | None = None
+        beaten = 0.0
+        while not self.stop.is_set():
+            self.doing.changed.clear()
+            why = self._link
+            try:
+                door = door or Door(self.identity)
+                heard = door.report(self.doing.report)
+                if abs(heard.time - self.clock()) > SKEW_S:
+                    why = _skew(heard.time - self.clock())
+                if renew_if_needed(self.identity, door, self.clock(), heard.renew):
+                    self.audit.append("certificate-renewed", until=self.identity.expires)
+                fleet = self._fleet
+                if fleet is not None and time.monotonic() - beaten >= BEAT_S:
+                    fleet.beat()
+                    beaten = time.monotonic()
+            except (RunError, ProtocolError) as error:
+                why = why or str(error)
+                if door is not None:
+                    door.close()
+                door = None
+            self._write(why)
+            self.doing.changed.wait(REPORT_S)
+            self.stop.wait(0.1)  # at most ten reports a second
+        self._write("stopped by its owner")
+
+    def _write(self, why: str) -> None:
+        state = agent_state(self.doing.report, connected=not why, at=self.clock(), link=why)
+        try:
+            write_state(self.folder, state)
+        except OSError as error:
+            log.error("state.json: %s", error)
+
+
+def _context(fleet: Fleet, announced: Announced) -> Context:
+    return Context(
+        run_id=announced.run,
+        node_id=fleet.node,
+        node_config={},
+        state=RecordDict(),
+        run_config={},
+    )
+
+
+def _skew(seconds: float) -> str:
+    side = "behind" if seconds > 0 else "ahead of"
+    return (
+        f"this machine's clock is {abs(seconds):.0f} s {side} the coordinator's: set it "
+        "(timedatectl set-ntp true); until then certificates and calls may be refused"
+    )
+
+
+def serve(folder: Path) -> None:
+    """Serve the site in `folder` until SIGINT or SIGTERM. One agent serves a folder at a time."""
+    agent = Agent(folder)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        agent.stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    busy = f"{folder}: another agent serves this site; `anabranch site status` shows what it does"
+    with locked(folder / "agent", busy=busy):
+        agent.serve()

@@ -1,0 +1,267 @@
+"""`anabranch coordinator serve`: the processes of a coordinator, each started again if it ends.
+
+    superlink   Flower's SuperLink on its socket
+    door        the public port
+    page        the read-only page
+    run <id>    one for each run that is wanted and not over
+
+The state is on disk, so that any of them, and this process too, may be killed at any time: what is
+started again goes on. A process that keeps ending is started after a pause that doubles up to
+PAUSE_S; a run's process that ends `runs.restarts` times without a round between has failed.
+Output of each goes to logs/<name>.log, at most two files of LOG_BYTES.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from anabranch.protocols.errors import RunError
+from anabranch.server.coordinator.folder import Federation
+from anabranch.server.coordinator.state import RunEntry
+from anabranch.server.superlink import SuperLink, environment
+
+TICK_S = 0.1
+RECONCILE_S, BACKUP_S = 3.0, 3600.0
+STEADY_S, PAUSE_S = 20.0, 30.0  # after so long a process counts as well; longest pause
+END_S = 10.0  # to end by themselves
+LOG_BYTES = 5 << 20
+FINISHED, STOPPED, FAILED = 0, 3, 4  # exit codes of a run's process (running.py)
+PACKAGE = "anabranch.server.coordinator"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Child:
+    """One process, and when it is to be started again."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    due: float = 0.0
+    pause: float = 0.0
+
+    def start(self, now: float) -> None:
+        """Start it; it ends with this process, however this process ends."""
+        self.log.parent.mkdir(mode=0o700, exist_ok=True)
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *self.command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment(),
+                start_new_session=True,
+            )
+        self.started = now
+
+    def ended(self, now: float) -> int | None:
+        """Return its exit code once it has ended, and plan the next start."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return None
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process = None
+        self.pause = 0.0 if now - self.started > STEADY_S else min(2 * self.pause or 0.2, PAUSE_S)
+        self.due = now + self.pause
+        return code
+
+    def end(self) -> None:
+        """Tell it to end."""
+        if self.process is not None:
+            self.process.terminate()
+
+
+@dataclass(eq=False)
+class Supervisor:
+    """Keeps the processes of one federation alive until `stop` is set."""
+
+    federation: Federation
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        folder = self.federation.folder
+        self.socket = self.federation.socket_folder() / "superlink"
+        self.link = SuperLink(self.socket)
+        here, socket = str(folder), str(self.socket)
+        self.children: dict[str, Child] = {}
+        self._add("superlink", "superlink_server", socket, str(self.federation.superlink_database))
+        self._add("door", "door_server", here, socket)
+        self._add("page", "page.server", here)
+        self._rounds: dict[str, int] = {}  # run -> checkpoints when its process was started last
+
+    def serve(self) -> None:
+        """Serve until `stop` is set. Raises RunError if somebody else serves this folder."""
+        with self.federation.serving():
+            self._prepare()
+            self.federation.audit.append("serving", version=self.federation.version)
+            reconciled, saved = 0.0, time.monotonic()
+            try:
+                while not self.stop.is_set():
+                    now = time.monotonic()
+                    self._runs()
+                    for child in list(self.children.values()):
+                        self._tend(child, now)
+                    if now - reconciled > RECONCILE_S:
+                        self._reconcile()
+                        reconciled = now
+                    if now - saved > BACKUP_S:
+                        self.federation.backup()
+                        saved = now
+                    self.stop.wait(TICK_S)
+            finally:
+                self._end()
+                self.federation.audit.append("stopped")
+
+    def _add(self, name: str, module: str, *arguments: str) -> Child:
+        file = self.federation.folder / "logs" / f"{name.replace(' ', '-')}.log"
+        child = Child(name, [f"{PACKAGE}.{module}", *arguments], file)
+        self.children[name] = child
+        return child
+
+    def _prepare(self) -> None:
+        """Check what is on disk before anything is started."""
+        self.federation.state.check()
+        self.federation.backup()
+        self.federation.server_credentials()
+        database = self.federation.superlink_database
+        if database.exists() and not _whole(database):
+            aside = database.with_name(f"{database.name}.damaged-{int(time.time())}")
+            database.replace(aside)
+            for suffix in ("-wal", "-shm"):
+                database.with_name(database.name + suffix).unlink(missing_ok=True)
+            log.warning("%s was damaged and is now %s; sites are asked again", database, aside.name)
+            self.federation.audit.append("superlink-state-damaged", kept=aside.name)
+        self.socket.unlink(missing_ok=True)
+
+    def _runs(self) -> None:
+        """Have one process for each run that is wanted and not over."""
+        for entry in self.federation.state.runs():
+            name = f"run {entry.run}"
+            wanted = entry.desired == "running" and entry.state not in ("finished", "failed")
+            if wanted and name not in self.children:
+                self._add(name, "running", str(self.federation.folder), entry.run)
+                log.info("run %s: starting", entry.run)
+
+    def _tend(self, child: Child, now: float) -> None:
+        """Start a child that is due; take note of one that has ended."""
+        code = child.ended(now)
+        if code is not None and child.name.startswith("run "):
+            self._run_ended(child, code)
+        elif code is not None:
+            log.warning("%s ended (%s); starting it again in %.1f s", child.name, code, child.pause)
+        if child.name not in self.children or child.process is not None or now < child.due:
+            return
+        _cut(child.log)
+        if child.name == "superlink":
+            self.socket.unlink(missing_ok=True)
+        child.start(now)
+
+    def _run_ended(self, child: Child, code: int) -> None:
+        run = child.name.removeprefix("run ")
+        state = self.federation.state
+        entry = state.run(run)
+        if entry is None or code in (FINISHED, STOPPED, FAILED):
+            del self.children[child.name]
+            log.info("run %s: %s", run, "over" if entry is None else entry.state)
+            return
+        rounds = self._count(entry)
+        again = 1 if rounds != self._rounds.get(run) else entry.restarts + 1
+        self._rounds[run] = rounds
+        most = self.federation.settings.runs.restarts
+        if again > most:
+            detail = f"its process ended {again} times without a round between; see {child.log}"
+            state.set_run(run, state="failed", detail=detail, restarts=again)
+            self.federation.audit.append("run-failed", run=run, reason=detail)
+            del self.children[child.name]
+            return
+        state.set_run(run, restarts=again)
+        log.warning("run %s: its process ended (%s); it goes on in %.1f s", run, code, child.pause)
+
+    def _count(self, entry: RunEntry) -> int:
+        return len(list((self.federation.run_folder(entry.run) / "checkpoints").glob("*.adapter")))
+
+    def _reconcile(self) -> None:
+        """Let the SuperLink know the nodes of active sites, and nobody else's."""
+        if self.children["superlink"].process is None or not self.link.ready():
+            return
+        try:
+            there = self.link.nodes()
+            for site in self.federation.state.sites():
+                key = site.public_key.encode()
+                known = next((node for node, one in there.items() if one == key), None)
+                if site.status != "active":
+                    if known is not None:
+                        self.link.unregister(known)
+                elif known is None or known != site.node:
+                    self.federation.state.set_site(site.name, node=self.link.register(key))
+        except RunError as error:
+            log.warning("nodes: %s", error)
+
+    def _end(self) -> None:
+        """End the children, runs first; kill what does not end."""
+        order = sorted(self.children.values(), key=lambda child: not child.name.startswith("run "))
+        for child in order:
+            child.end()
+        end = time.monotonic() + END_S
+        for child in order:
+            if child.process is None:
+                continue
+            try:
+                child.process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+            child.ended(time.monotonic())
+
+
+def _whole(database: Path) -> bool:
+    """Whether SQLite finds a database undamaged."""
+    try:
+        with closing(sqlite3.connect(database)) as db:
+            return bool(db.execute("PRAGMA quick_check").fetchone() == ("ok",))
+    except sqlite3.DatabaseError:
+        return False
+
+
+def _cut(file: Path) -> None:
+    """Move a log that has grown large aside, in place of the one before."""
+    if file.exists() and file.stat().st_size > LOG_BYTES:
+        shutil.move(file, file.with_name(f"{file.name}.1"))
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """Set `stop` at SIGINT and SIGTERM."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(folder: Path) -> None:
+    """Serve the federation in `folder` until SIGINT or SIGTERM."""
+    supervisor = Supervisor(Federation(folder))
+    with _signals(supervisor.stop):
+        supervisor.serve()

@@ -1,0 +1,94 @@
+"""A coordinator that is being served, without page and runs, and sites that have joined it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from anabranch.client.agent.door import join_door, pinned
+from anabranch.client.agent.identity import Coordinator, Identity, write_identity
+from anabranch.protocols.errors import AnabranchError
+from anabranch.protocols.identity import authority
+from anabranch.server.coordinator import enrolment
+from anabranch.server.coordinator.folder import Federation
+from anabranch.server.coordinator.supervisor import Supervisor
+
+HOST = "127.0.0.1"
+T = TypeVar("T")
+
+
+class Served:
+    """A running coordinator."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.federation = Federation.create(folder / "federation", "heart", [HOST], free_port())
+        self.supervisor = Supervisor(self.federation)
+        del self.supervisor.children["page"]
+
+    @property
+    def address(self) -> str:
+        """Where sites reach it."""
+        return self.federation.settings.address
+
+    def join(self, name: str) -> Identity:
+        """Join as a new site."""
+        invitation = enrolment.invite(self.federation, name, time.time())
+        key = authority.new_key()
+
+        def joined() -> Identity:
+            root = pinned(invitation)
+            answer = join_door(invitation, authority.certificate_request(key), "0", root)
+            about = Coordinator(
+                site=answer.site,
+                federation=answer.federation,
+                address=invitation.address,
+                authority=invitation.authority,
+                authors=answer.authors,
+                app=answer.app,
+                version=answer.version,
+                joined=time.time(),
+            )
+            certificate = authority.read_certificate(answer.certificate.encode(), name)
+            write_identity(self.folder / name, key, certificate, root, about)
+            return Identity(self.folder / name)
+
+        return patiently(joined)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[Served]:
+    """Serve a new coordinator until the block ends."""
+    here = Served(folder)
+    thread = threading.Thread(target=here.supervisor.serve)
+    thread.start()
+    try:
+        here.supervisor.link.wait_ready(60)
+        yield here
+    finally:
+        here.supervisor.stop.set()
+        thread.join()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as one:
+        one.bind((HOST, 0))
+        return int(one.getsockname()[1])
+
+
+def patiently(work: Callable[[], T], seconds: float = 60.0) -> T:
+    """Return what `work` does, once it does not raise an AnabranchError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return work()
+        except AnabranchError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
