@@ -33,7 +33,7 @@ from benchmarks.edge.gateway_load import (
     spec_of,
 )
 from tests.gateway_cases import ended, open_round
-from tests.slow_link import FAR, NotPermitted, SlowLink
+from tests.network import Link, Network, NotPermitted
 
 pytestmark = pytest.mark.slow
 
@@ -175,19 +175,19 @@ def test_a_flood_of_calls_is_refused_and_the_server_goes_on(tmp_path: Path) -> N
 def test_a_slow_lossy_network_loses_nothing() -> None:
     """4 Mbit/s, 3 % of the packets lost, 200 ms, in each direction."""
     try:
-        link = SlowLink(bits_per_s=4e6, loss=0.03, delay_s=0.2).__enter__()
+        with Network() as network:
+            far, near = network.machine(), network.machine(Link(4e6, 0.03, 0.2))
+            what = "--devices 12 --values 25000 --at-once 6"
+            command = [sys.executable, "-m", "benchmarks.edge.gateway_load", *what.split()]
+            command += ["--host", far.address, "--prefix", " ".join(far.prefix)]
+            run = subprocess.run(
+                [*near.prefix, *command], capture_output=True, text=True, timeout=240
+            )
     except NotPermitted as error:
         pytest.skip(f"not permitted here: {error}")
-    try:
-        what = "--devices 12 --values 25000 --at-once 6"
-        command = [sys.executable, "-m", "benchmarks.edge.gateway_load", *what.split()]
-        command += ["--host", FAR, "--prefix", " ".join(link.far)]
-        run = subprocess.run([*link.near, *command], capture_output=True, text=True, timeout=240)
-        assert run.returncode == 0, run.stderr[-2000:]
-        found = json.loads(run.stdout)
-        assert (found["counted"], found["clients"]) == (12, 12)
-        assert link.lost > 0
-        assert link.carried > 12 * found["delta_mb"] * 1e6
-        sys.stderr.write(f"\n{link.carried} bytes, {link.lost} packets lost: {found}\n")
-    finally:
-        link.__exit__()
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert (found["counted"], found["clients"]) == (12, 12)
+    assert network.lost > 0
+    assert network.carried > 12 * found["delta_mb"] * 1e6
+    sys.stderr.write(f"\n{network.carried} bytes, {network.lost} packets lost: {found}\n")
