@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from anabranch.cli import adapter, edge, simulate, site
+from anabranch.cli import adapter, coordinator, edge, simulate, site
 from anabranch.cli.audit import audit
 from anabranch.cli.runs import demo
 from anabranch.protocols.errors import AnabranchError
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("audit")(audit)
 app.add_typer(simulate.app, name="simulate")
+app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(site.app, name="site")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(edge.app, name="edge")
@@ -39,6 +40,7 @@ EXTRAS = {
     "demo": "demo",
     "simulate": "simulation",
     "audit": "client",
+    "coordinator": "server",
     "site": "client",
     "adapter": "client",
     "edge": "edge",

@@ -17,9 +17,10 @@ from __future__ import annotations
 import os
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(1 << 20))
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -59,7 +60,9 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 
+from anabranch.client.flower import DESCRIBE
 from anabranch.protocols.errors import ProtocolError, RunError
 
 BEAT_S = 4.0
@@ -67,6 +70,7 @@ INTERVAL_S = 10.0  # that Flower is told; it takes a node for gone after twice t
 CALL_S = 60.0  # one piece over a slow link: 1 MiB at 0.15 Mbit/s
 OVER = 2007  # Flower's code: the run is not running any more
 MAX_OBJECTS = 4096  # of one message: 4 GiB in pieces
+TYPES = frozenset({"train", "evaluate", DESCRIBE})  # of a message, as client_app serves them
 
 T = TypeVar("T")
 
@@ -101,6 +105,15 @@ class Announced:
         return int(self.message.metadata.run_id)
 
 
+@dataclass(eq=False)
+class _Upload:
+    """A reply on its way."""
+
+    id: str
+    session: str
+    left: list[str]  # objects that are still to be sent, in order
+
+
 class Fleet:
     """One connection of a node; every call may raise Unreachable, Over or Refused.
 
@@ -118,6 +131,7 @@ class Fleet:
             timeout=CALL_S,
         )
         self.node = 0
+        self._upload: _Upload | None = None
 
     def connect(self, known: int = 0) -> int:
         """Return the node's id; `known` is what an earlier process was told, if any."""
@@ -140,6 +154,8 @@ class Fleet:
         reply = _call(self._client.PullMessages, PullMessagesRequest(node=self._me))
         if not reply.messages_list:
             return None
+        if not reply.message_object_trees:
+            raise Refused("a message that names no objects")
         return Announced(reply.messages_list[0], reply.message_object_trees[0])
 
     def app(self, run: int) -> str:
@@ -164,36 +180,48 @@ class Fleet:
             node=self._me, run_id=one.run, message_object_id=one.id
         )
         _call(self._client.ConfirmMessageReceived, request)
-        with no_object_id_recompute():
-            message = cast(Message, inflate_object_from_contents(one.id, contents))
-        message.metadata.__dict__["_message_id"] = one.id
+        message = _inflated(one.id, contents)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, one.run, self.node
         return message
 
     def bare(self, one: Announced) -> Message:
         """Return the message without its content, to be answered with an error."""
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, one.run, self.node
-        return message_from_proto(one.message)
+        with _readable():
+            return message_from_proto(one.message)
 
     def answer(self, reply: Message, seconds: float, heard: Callable[[int, int], None]) -> None:
-        """Send a reply; `seconds` is what it took. Over if nobody waits for it any more."""
+        """Send a reply; `seconds` is what it took. Called again, it goes on where it was cut off.
+
+        Over if nobody waits for it any more: Flower gives an upload 180 s between two objects.
+        """
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
-            tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
-            request = PushMessagesRequest(
-                node=self._me,
-                messages_list=[message_to_proto(_without_content(reply))],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
-            )
-            told = _call(self._client.PushMessages, request)
-            wanted = set(told.objects_to_push)
-            order = [one.object_id for one in iterate_object_tree(tree)]
-            todo = [one for one in dict.fromkeys(order) if one in wanted]
-            for number, object_id in enumerate(todo):
-                heard(number, len(todo))
-                content = objects[object_id].deflate()
-                self._push(reply.metadata.run_id, told.session_id, object_id, content)
+            objects = get_all_nested_objects(reply)
+            if self._upload is None or self._upload.id != reply.object_id:
+                self._upload = self._announce(reply, seconds)
+            upload, run = self._upload, reply.metadata.run_id
+            total = len(upload.left)
+            while upload.left:
+                heard(total - len(upload.left), total)
+                content = objects[upload.left[0]].deflate()
+                self._push(run, upload.session, upload.left[0], content)
+                del upload.left[0]
+        self._upload = None
+
+    def _announce(self, reply: Message, seconds: float) -> _Upload:
+        """Tell of a reply; return which of its objects are to be sent, and in which session."""
+        tree = get_object_tree(reply)
+        request = PushMessagesRequest(
+            node=self._me,
+            messages_list=[message_to_proto(_without_content(reply))],
+            message_object_trees=[tree],
+            clientapp_runtime_list=[seconds],
+        )
+        told = _call(self._client.PushMessages, request)
+        wanted = set(told.objects_to_push)
+        order = dict.fromkeys(one.object_id for one in iterate_object_tree(tree))
+        return _Upload(reply.object_id, told.session_id, [one for one in order if one in wanted])
 
     def close(self) -> None:
         """Say good-bye if that is possible, and close the connection."""
@@ -229,7 +257,8 @@ class Fleet:
             session_id=session,
         )
         if not _call(self._client.PushObject, request).stored:
-            raise Unreachable("the upload took too long and is to be begun again")
+            self._upload = None
+            raise Over("the upload took too long; the coordinator asks again")
 
 
 class _Version:
@@ -242,6 +271,31 @@ class _Version:
         """Add the headers."""
         add_headers(context.request, self._headers)
         return call_next(context)
+
+
+def _inflated(message_id: str, contents: dict[str, bytes]) -> Message:
+    """Return the message that these objects are; Refused if they are none, or of no type of ours.
+
+    That objects are what their names say is not checked: TLS and the frame's own digest do.
+    """
+    with _readable(), no_object_id_recompute():
+        message = inflate_object_from_contents(message_id, contents)
+        if not isinstance(message, Message) or message.metadata.message_type not in TYPES:
+            raise ValueError("not a message of ours")
+        message.metadata.__dict__["_message_id"] = message_id
+        return message
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Whatever Flower's parsers, which declare no errors, do with hostile bytes is a Refused."""
+    try:
+        yield
+    except (
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+        DecodeError,
+    ) as error:  # fmt: skip
+        raise Refused(f"a message that cannot be read ({type(error).__name__})") from None
 
 
 def _without_content(reply: Message) -> Message:

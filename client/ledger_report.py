@@ -14,11 +14,12 @@ from typing import Any
 import msgspec
 
 from anabranch.client.chain import Event, Reserve, State
-from anabranch.client.data.read import read_table
+from anabranch.client.data.read import Never, read_table
 from anabranch.client.data.rows import row_hashes
 from anabranch.client.ledger import Ledger
 from anabranch.client.membership import WIDTH, groups, known, largest
 from anabranch.client.pld import Compared, compare
+from anabranch.client.policy.policy_file import columns_never
 from anabranch.client.privacy import Spend, epsilon_of, repeats_within
 from anabranch.client.site_file import Budget, ledger_of, read_site
 from anabranch.protocols.errors import ConfigError, DataError, PrivacyError
@@ -86,7 +87,7 @@ def report(folder: Path) -> LedgerReport:
         sets=tuple(_set(data, state, members, file.budget) for data in state.sets),
         delta=delta,
         everything=epsilon_of(state.spends(), delta),
-        records=_present(folder / file.data, ledger, members),
+        records=_present(folder / file.data, ledger, members, columns_never(folder)),
     )
 
 
@@ -224,10 +225,12 @@ def _delta(budget: Budget | None, rows: int) -> float:
     return 1 / (10 * rows) if budget is None else budget.delta
 
 
-def _present(data: Path, ledger: Ledger, members: dict[str, bytes]) -> tuple[int, int] | None:
+def _present(
+    data: Path, ledger: Ledger, members: dict[str, bytes], never: Never
+) -> tuple[int, int] | None:
     """Return how many rows of the site's file have been in a data set, and how many not."""
     try:
-        own = ledger.members_of(row_hashes(read_table(data)))
+        own = ledger.members_of(row_hashes(read_table(data, never)))
     except DataError:
         return None
     count = known(own, list(members.values()))

@@ -9,7 +9,8 @@ Runtime are for this machine's coordinator alone. State is in SQLite; no app's c
     serve(socket, database)        the process
     SuperLink(socket)              its client: nodes, and `attach`, a run of ours as a Flower Grid
 
-Checked against flwr 1.41 and 1.42; tests/server/test_superlink.py tells when a release breaks it.
+Checked against flwr 1.41 and 1.42; tests/server/test_superlink_socket.py tells when a release
+breaks it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import httpcore
 import httpx
 from flwr.app import Error, Message, Metadata
 from flwr.app.message import make_message
@@ -225,8 +227,26 @@ class SuperLink:
         return client
 
     def _http(self, timeout: float) -> httpx.Client:
-        transport = httpx.HTTPTransport(uds=str(self.socket))
+        transport = httpx.HTTPTransport()
+        transport._pool = httpcore.ConnectionPool(
+            uds=str(self.socket), network_backend=_Sockets(), keepalive_expiry=5.0
+        )
         return httpx.Client(transport=transport, base_url=BASE, timeout=timeout)
+
+
+class _Sockets(httpcore.SyncBackend):
+    """Connects Unix sockets; httpcore alone leaves those open that cannot be connected."""
+
+    def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Any = None
+    ) -> httpcore.NetworkStream:
+        """Return a connected stream."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except OSError as error:
+                raise httpcore.ConnectError(str(error)) from None
+        return super().connect_unix_socket(path, timeout, socket_options)
 
 
 @dataclass(eq=False)
@@ -289,17 +309,20 @@ class SuperLinkGrid(HttpGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies to these messages that are whole by now."""
-        wanted = list(message_ids)
-        if not wanted:
-            return []
-        reply = self._guarded(
-            lambda: self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=wanted))
-        )
+        coming = {one.proto.metadata.reply_to_message_id for one in self._arriving.values()}
+        wanted = [one for one in message_ids if one not in coming]  # Flower announces once
+        if wanted:
+            self._announced(wanted)
+        done = [self._fetched(key, one) for key, one in list(self._arriving.items())]
+        return [message for message in done if message is not None]
+
+    def _announced(self, wanted: list[str]) -> None:
+        """Take note of the replies that are announced."""
+        request = PullAppMessagesRequest(message_ids=wanted)
+        reply = self._guarded(lambda: self._runtime_client.PullMessages(request))
         for proto, tree in zip(reply.messages_list, reply.message_object_trees, strict=True):
             ids = [one.object_id for one in iterate_object_tree(tree)]
             self._arriving[proto.metadata.message_id] = _Arriving(proto, ids, {}, time.monotonic())
-        done = [self._fetched(key, one) for key, one in list(self._arriving.items())]
-        return [message for message in done if message is not None]
 
     def arriving(self) -> Mapping[str, tuple[int, int]]:
         """Return message -> (objects here, objects in all) of replies under way."""

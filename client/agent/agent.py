@@ -36,7 +36,7 @@ from anabranch.client.policy.guard import GuardedSite
 from anabranch.client.policy.policy_file import read_policy
 from anabranch.client.site import Site
 from anabranch.protocols import messages
-from anabranch.protocols.errors import AnabranchError, ProtocolError, RunError
+from anabranch.protocols.errors import AnabranchError, PolicyError, ProtocolError, RunError
 from anabranch.storage.audit_log import AuditLog
 from anabranch.storage.files import locked, sweep, write_atomic
 
@@ -73,6 +73,7 @@ class Agent:
         self._link = "not connected yet"  # why the coordinator is not reached; "": it is
         self._fleet: Fleet | None = None
         self._pause = 0.0
+        self._refused = ""  # the last message that was refused unread: why
 
     def serve(self) -> None:
         """Work until `stop` is set."""
@@ -146,17 +147,22 @@ class Agent:
             log.info("message %s: %s", announced.id[:12], error)
 
     def _message(self, fleet: Fleet, announced: Announced) -> Message | None:
-        """Return the message if its run names this software; else answer with a refusal."""
-        limit = read_policy(self.folder).limits.message_bytes
+        """Return the message if it is for this software and the policy can be read; else refuse."""
         wants, ours = fleet.app(announced.run), app_hash(code_digest())
-        if wants == ours:
-            return fleet.fetch(announced, limit, self._moved("receiving"))
-        text = (
-            f"the run is for other software (app {wants[:12]}…) than this site has (app "
-            f"{ours[:12]}…, anabranch {version()}): install the version that it was proposed for, "
-            "or have it proposed again; nothing was run"
-        )
-        self.audit.append("refused", code="app", app=wants)
+        try:
+            if wants == ours:
+                limit = read_policy(self.folder).limits.message_bytes
+                return fleet.fetch(announced, limit, self._moved("receiving"))
+            text = (
+                f"the run is for other software (app {wants[:12]}…) than this site has (app "
+                f"{ours[:12]}…, anabranch {version()}): install the version that it was proposed "
+                "for, or have it proposed again; nothing was run"
+            )
+        except PolicyError as error:
+            text = str(error)
+        if text != self._refused:  # of the same kind one in the log is enough
+            self.audit.append("refused", code="app", app=wants, message=text)
+            self._refused = text
         refused = messages.Refused(site=self.identity.name, reason="policy", message=text)
         reply = Message(pack_refused(refused), reply_to=fleet.bare(announced))
         self._answer(fleet, reply, 0.0)

@@ -38,6 +38,7 @@ class Unusable:
     kind: str
 
 
+Never = frozenset[str]  # names of columns that are not to be read
 Cell = str | int | float | bytes | Path | Unusable | None
 
 
@@ -50,14 +51,15 @@ class Table:
     rows: int
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, never: Never = frozenset()) -> Table:
     """Return what `path` holds, or raise DataError naming the file and, where it has one, the line.
 
-    Every table is held in memory as a whole.
+    Every table is held in memory as a whole, but for the columns in `never`: it is as if they were
+    not in the file. Cells of theirs that stand between others are passed over and not kept.
     """
     try:
         if path.is_dir():
-            return _read_images(path)
+            return _read_images(path, never)
         if not path.exists():
             _refuse(path, "no such file; check the path of the records")
         reader = _READERS.get(path.suffix.lower())
@@ -65,7 +67,7 @@ def read_table(path: Path) -> Table:
             _refuse(path, f"expected a folder of images or a file: {', '.join(_READERS)}")
         if path.stat().st_size == 0:
             _refuse(path, EMPTY)
-        return reader(path)
+        return reader(path, never)
     except OSError as error:
         _refuse(path, f"cannot be read: {error.strerror or error}")
 
@@ -92,17 +94,18 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: Path, never: Never) -> Table:
     lines = io.StringIO(_read_text(path), newline="")
-    return _read_rows(path, csv.reader(lines, strict=True))
+    return _read_rows(path, csv.reader(lines, strict=True), never)
 
 
-def _read_tsv(path: Path) -> Table:
+def _read_tsv(path: Path, never: Never) -> Table:
     lines = io.StringIO(_read_text(path), newline="")
-    return _read_rows(path, csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True))
+    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    return _read_rows(path, reader, never)
 
 
-def _read_rows(path: Path, reader: Any) -> Table:
+def _read_rows(path: Path, reader: Any, never: Never) -> Table:
     """Return the records of a csv reader; every record has as many cells as the header."""
     records = _records(path, reader)
     line, header = next(records)
@@ -114,7 +117,8 @@ def _read_rows(path: Path, reader: Any) -> Table:
                 "every column needs its own (is the first line a header?)"
             )
             _refuse(path, problem, line=line)
-    columns: list[list[Cell]] = [[] for _ in header]
+    columns: dict[str, list[Cell]] = {name: [] for name in header if name not in never}
+    kept = [(columns[name], at) for at, name in enumerate(header) if name not in never]
     rows = 0
     for line, record in records:
         if len(record) != len(header):
@@ -123,10 +127,10 @@ def _read_rows(path: Path, reader: Any) -> Table:
                 "look for a separator inside a cell, or a cell that is missing"
             )
             _refuse(path, problem, line=line)
-        for column, text in zip(columns, record, strict=True):
-            column.append(_cell(text))
+        for column, at in kept:
+            column.append(_cell(record[at]))
         rows += 1
-    return Table(str(path), dict(zip(header, columns, strict=True)), rows)
+    return Table(str(path), columns, rows)
 
 
 def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -144,13 +148,15 @@ def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield line, record
 
 
-def _read_jsonl(path: Path) -> Table:
+def _read_jsonl(path: Path, never: Never) -> Table:
     columns: dict[str, list[Cell]] = {}
     rows = 0
     for line, text in enumerate(_read_text(path).split("\n"), 1):
         if not text.strip():
             continue
         for name, value in _parse_object(path, line, text).items():
+            if name in never:
+                continue
             column = columns.setdefault(name, [])
             column.extend([None] * (rows - len(column)))
             column.append(_cell(value))
@@ -192,13 +198,15 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, never: Never) -> Table:
     import pyarrow  # here and not above: it takes longer to import than the rest together
     from pyarrow import parquet
 
     with path.open("rb") as file:
         try:
-            table = parquet.ParquetFile(file).read()
+            opened = parquet.ParquetFile(file)
+            wanted = [name for name in opened.schema_arrow.names if name not in never]
+            table = opened.read(columns=wanted if never else None)
         except Exception as error:  # noqa: BLE001 -- pyarrow has no one error for damaged bytes
             _refuse(path, f"not a complete Parquet file ({type(error).__name__}); write it again")
     names = table.column_names
@@ -206,6 +214,8 @@ def _read_parquet(path: Path) -> Table:
         _refuse(path, "two columns have the same name; every column needs its own")
     columns: dict[str, list[Cell]] = {}
     for at, name in enumerate(names, 1):
+        if name in never:  # "a" brings "a.b" with it
+            continue
         try:
             columns[name] = _arrow_cells(table.column(name))
         except (pyarrow.ArrowException, UnicodeDecodeError):
@@ -225,7 +235,7 @@ def _arrow_cells(column: Any) -> list[Cell]:
     return [_cell(value) for value in column.to_pylist()]
 
 
-def _read_images(folder: Path) -> Table:
+def _read_images(folder: Path, never: Never) -> Table:
     images: list[Cell] = []
     labels: list[Cell] = []
     for label in _visible(folder):
@@ -238,7 +248,9 @@ def _read_images(folder: Path) -> Table:
             labels.append(label.name)
     if not images:
         _refuse(folder, "no images; expected <label>/<name>.png in it")
-    return Table(str(folder), {"image": images, "label": labels}, len(images))
+    columns = {"image": images, "label": labels}
+    kept = {name: cells for name, cells in columns.items() if name not in never}
+    return Table(str(folder), kept, len(images))
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -269,7 +281,7 @@ def _kind(value: Any) -> str:
     )
 
 
-_READERS: dict[str, Callable[[Path], Table]] = {
+_READERS: dict[str, Callable[[Path, Never], Table]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.client.data.contract import accept
-from anabranch.client.data.read import Table, read_table
+from anabranch.client.data.read import Never, Table, read_table
 from anabranch.client.data.rows import row_hashes
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.tables import Column
@@ -78,12 +78,14 @@ class Records:
         return np.bincount(self.labels, minlength=num_labels).astype(np.int64)
 
 
-def load_records(path: Path, config: RunConfig) -> Records:
+def load_records(path: Path, config: RunConfig, never: Never = frozenset()) -> Records:
     """Read a file or a folder of images, check the contract, and return its records.
+
+    It is as if the columns in `never` were not in the file.
 
     Raises DataError if the file cannot be read or breaks the contract.
     """
-    return to_records(read_table(path), config)
+    return to_records(read_table(path, never), config)
 
 
 def to_records(table: Table, config: RunConfig) -> Records:

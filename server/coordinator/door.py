@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.concurrency import run_in_threadpool
@@ -86,7 +87,7 @@ class Door:
             status, kind, body = await self._answer(scope, receive)
         except Refused as refused:
             await self._note(scope, refused)
-            said = join.Refusal(code=refused.code, message=refused.message[:500])
+            said = join.Refusal(code=refused.code, message=join.plain(refused.message))
             status, kind, body = refused.status, b"application/json", join.encode(said)
         headers = [
             (b"content-type", kind),
@@ -269,7 +270,7 @@ def _require_own_key(scope: Scope, site: SiteEntry) -> None:
         (encoded,) = claimed
         key = serialization.load_pem_public_key(base64.b64decode(encoded, validate=True))
         fits = isinstance(key, ec.EllipticCurvePublicKey) and authority.key_digest(key) == site.key
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         fits = False
     if not fits:
         raise Refused(412, "another key", "the node's key is not that of the client certificate")

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from anabranch.protocols.errors import RunError
+from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.state import RunEntry
 from anabranch.server.superlink import SuperLink, environment
@@ -210,7 +210,7 @@ class Supervisor:
                         self.link.unregister(known)
                 elif known is None or known != site.node:
                     self.federation.state.set_site(site.name, node=self.link.register(key))
-        except RunError as error:
+        except (RunError, ConfigError) as error:
             log.warning("nodes: %s", error)
 
     def _end(self) -> None:
@@ -262,6 +262,7 @@ def _signals(stop: threading.Event) -> Iterator[None]:
 
 def serve(folder: Path) -> None:
     """Serve the federation in `folder` until SIGINT or SIGTERM."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells every request
     supervisor = Supervisor(Federation(folder))
     with _signals(supervisor.stop):
         supervisor.serve()

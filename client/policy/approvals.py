@@ -1,0 +1,182 @@
+"""approvals.json: which runs the owner of a site has approved, rejected, or not answered yet.
+
+    state      how it got there                              may go to
+    pending    first message of a proposal nobody knows      approved, rejected
+    by rule    the same, while a rule of policy.toml fits    approved, rejected
+    approved   a person                                      rejected (withdrawn)
+    rejected   a person                                      nothing: propose a new run
+
+Entries are keyed by the digest of the proposal. "by rule" is a note for the owner: what counts is
+the rule itself, asked anew for every message. Whoever can propose cannot fill the disk: at most
+PENDING wait, at most PENDING are let in by rules, and a configuration has at most MAX_CONFIG
+bytes. The file is replaced as a whole under a lock; one that is damaged, or that others may
+write, refuses every run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from anabranch.client.policy.policy_file import PRIVATE, read_private
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import ConfigError, PolicyError
+from anabranch.protocols.identity.proposal import Hex, Proposal
+from anabranch.storage.files import locked, write_atomic
+
+FILE = "approvals.json"
+MAX_BYTES = 16 << 20  # of the file: thousands of runs
+PENDING = 100  # entries that wait for the owner
+MAX_CONFIG = 8192  # bytes of a run's configuration that is put before the owner
+SHORTEST = 8  # digits that name an entry
+
+State = Literal["pending", "by rule", "approved", "rejected"]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One proposal, and what the owner says to it."""
+
+    proposal: Proposal
+    key: Hex  # the author's public key
+    config: RunConfig  # what the digest in the proposal stands for
+    state: State
+    first_seen: float  # seconds since 1970, UTC
+    decided: float | None = None
+    by: str = ""  # the person's name on this machine, or the rule's
+    reason: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the proposal."""
+        return self.proposal.digest
+
+
+Entries = dict[str, Entry]  # digest -> entry
+Record = Callable[[Entry], object]
+
+
+def ignore(entry: Entry) -> None:
+    """Record nothing."""
+
+
+@dataclass(frozen=True)
+class Approvals:
+    """The approvals of the site in `folder`. Every method raises PolicyError for a bad file."""
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """Return where they are."""
+        return self.folder / FILE
+
+    def entries(self) -> Entries:
+        """Return what is known, by digest, the oldest first."""
+        if not self.path.exists():
+            return {}
+        try:
+            found = msgspec.json.decode(read_private(self.path, MAX_BYTES), type=tuple[Entry, ...])
+        except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
+            raise PolicyError(
+                f"{FILE}: {error}; until it is mended, or removed and every run approved anew, "
+                "nothing is allowed"
+            ) from None
+        return {entry.digest: entry for entry in found}
+
+    def find(self, prefix: str) -> Entry:
+        """Return the only entry whose digest begins so; PolicyError if there is not exactly one."""
+        if not re.fullmatch(rf"[0-9a-f]{{{SHORTEST},64}}", prefix):
+            raise PolicyError(
+                f"{prefix[:64]!r}: expected at least {SHORTEST} hex digits of a proposal's digest, "
+                "as `anabranch site policy list` shows it"
+            )
+        found = [entry for digest, entry in self.entries().items() if digest.startswith(prefix)]
+        if len(found) != 1:
+            raise PolicyError(
+                f"{prefix}: {len(found) or 'no'} proposals begin so; `anabranch site policy list` "
+                "shows those that are known"
+            )
+        return found[0]
+
+    def note(
+        self, proposal: Proposal, key: str, config: RunConfig, now: float, rule: str = ""
+    ) -> bool:
+        """Write down a proposal that is not known yet, for the owner; return whether it was new.
+
+        `rule`: the name of the rule that allows it. Raises PolicyError if too many wait already.
+        """
+        if (size := len(msgspec.json.encode(config))) > MAX_CONFIG:
+            raise PolicyError(
+                f"the configuration has {size} bytes, and at most {MAX_CONFIG} can be put before "
+                "the owner of this site"
+            )
+        with self._changing() as entries:
+            before = entries.get(proposal.digest)
+            state: State = "by rule" if rule else "pending"
+            if before is not None and before.state in ("approved", "rejected", state):
+                return False
+            same = [digest for digest, entry in entries.items() if entry.state == state]
+            if len(same) >= PENDING and rule:
+                raise PolicyError(f"{PENDING} runs were let in by rules: a person has to decide")
+            if len(same) >= PENDING:
+                raise PolicyError(
+                    f"{PENDING} runs wait for the owner of this site already: it has to answer "
+                    "some of them with `anabranch site policy approve` or `reject`"
+                )
+            entries[proposal.digest] = Entry(
+                proposal=proposal, key=key, config=config, state=state, first_seen=now, by=rule
+            )
+        return before is None
+
+    def approve(self, digest: str, *, by: str, now: float, record: Record = ignore) -> Entry:
+        """Approve a known proposal. Raises PolicyError if it is not known, or was rejected.
+
+        `record` is given the entry as it was, before the answer counts: if it raises, none does.
+        """
+        return self._decide(digest, "approved", record, by=by, now=now)
+
+    def reject(
+        self, digest: str, *, by: str, now: float, reason: str = "", record: Record = ignore
+    ) -> Entry:
+        """Reject a known proposal for good, or withdraw its approval."""
+        return self._decide(digest, "rejected", record, by=by, now=now, reason=reason)
+
+    def _decide(
+        self, digest: str, state: State, record: Record, *, by: str, now: float, reason: str = ""
+    ) -> Entry:
+        with self._changing() as entries:
+            before = entries.get(digest)
+            if before is None:
+                raise PolicyError(f"{digest[:12]}: no such proposal is known here")
+            if before.state == "rejected":
+                raise PolicyError(
+                    f"{digest[:12]}: rejected by {before.by}, and a rejection is final; the author "
+                    "can propose it again as a new run"
+                )
+            record(before)
+            entries[digest] = msgspec.structs.replace(
+                before, state=state, by=by, decided=now, reason=reason[:200]
+            )
+            return entries[digest]
+
+    @contextmanager
+    def _changing(self) -> Iterator[Entries]:
+        """Yield the entries to be changed; they are written when the block ends."""
+        with locked(self.path):
+            entries = self.entries()
+            before = dict(entries)
+            yield entries
+            if entries != before:
+                data = msgspec.json.encode(tuple(entries.values()))
+                if len(data) > MAX_BYTES:
+                    raise PolicyError(
+                        f"{FILE}: would be larger than {MAX_BYTES} bytes; put it away, and begin "
+                        "anew: every run is then to be approved again"
+                    )
+                write_atomic(self.path, data, PRIVATE)

@@ -1,0 +1,309 @@
+"""A site behind its owner's policy: every message is decided on before the site hears of it.
+
+    describe    admit: may this run ask at all?     sizes: only of a run that was just admitted
+    train       decided on, counted as begun, trained under the limits, counted, sent
+    evaluate    decided on, counted, evaluated under the limits, counted, sent
+
+Policy, approvals and usage are read from the site's folder for every message: what the owner
+changes counts for the next one. While a site works it calls `watch` at every step, which ends
+the work when its time, its memory or the hours of the site are over. Whatever cannot be read,
+counted or logged is refused (journal.py says what is logged).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from anabranch.client.agent.identity import Identity
+from anabranch.client.data.records import Records, fingerprint
+from anabranch.client.flower import SiteLike
+from anabranch.client.policy.approvals import Approvals
+from anabranch.client.policy.code import code_digest, version
+from anabranch.client.policy.journal import Audit, Journal, digest_of, privacy_of
+from anabranch.client.policy.policy_file import Policy, policy_digest, read_policy
+from anabranch.client.policy.resources import MIB, hold_to_cores, resident_bytes
+from anabranch.client.policy.rules import (
+    Asked,
+    Here,
+    NotAllowed,
+    decide,
+    over_bytes,
+    rule_for,
+    seconds_left,
+)
+from anabranch.client.policy.usage import Usage, UsageBook, Used
+from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import PolicyError
+from anabranch.protocols.identity.proposal import Signed
+from anabranch.protocols.messages import Assignment, Evaluated, Trained
+
+CHECKPOINT_S = 5.0  # between two writings of the seconds used, while a site works
+
+log = logging.getLogger(__name__)
+
+Watch = Callable[[str, int, int], None]  # (activity, step, of so many steps)
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A site that calls `watch` at every step of its work."""
+
+    watch: Watch | None
+
+
+@runtime_checkable
+class WithRecords(Protocol):
+    """A site that has read its records."""
+
+    def records(self, config: RunConfig) -> tuple[Records, Records]:
+        """Return (training, held-out) records."""
+
+
+@dataclass(eq=False)
+class Work:
+    """One message in work: what it may still take, and what of it is written down."""
+
+    policy: Policy
+    usage: Usage
+    number: int
+    deadline: float  # of the stopwatch
+    written: float  # of the stopwatch: seconds until then are in `usage`
+
+
+@dataclass(eq=False)
+class GuardedSite:
+    """The site in `folder`, as its owner allows it to be asked; a SiteLike.
+
+    A site with a `watch` gets this one after its own. Raises NotAllowed, which is a PolicyError,
+    for whatever the policy does not allow; ConfigError if the folder is not that of a joined site.
+    """
+
+    folder: Path
+    site: SiteLike
+    audit: Audit | None = None
+    clock: Callable[[], float] = time.time  # seconds since 1970, UTC
+    here: Here | None = None  # None: as the folder's identity/ says
+    stopwatch: Callable[[], float] = time.monotonic  # seconds
+    memory: Callable[[], int] = resident_bytes
+    _admitted: str = field(default="", init=False)  # configuration whose records may be counted
+    _work: Work | None = field(default=None, init=False)
+    _known: tuple[object, str] = field(default=(None, ""), init=False)  # records, fingerprint
+
+    def __post_init__(self) -> None:
+        self.approvals, self.book = Approvals(self.folder), UsageBook(self.folder)
+        self.journal = Journal(self.site.name, self.audit, self.clock)
+        self._here = here_of(self.folder) if self.here is None else self.here
+        if isinstance(self.site, Watched):
+            self.site.watch = _both(self.site.watch, self.watch)
+
+    @property
+    def name(self) -> str:
+        """Return the site's name."""
+        return self.site.name
+
+    @property
+    def max_rank(self) -> int | None:
+        """Return the highest LoRA rank the site trains; None: any."""
+        return self.site.max_rank
+
+    def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
+        """Raise NotAllowed unless this run may ask."""
+        self._admitted = ""
+        with self._refusals(run, signed):
+            self._decide(run, config, signed)
+        self.site.admit(run, config, signed)
+        self._admitted = config.digest()
+
+    def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
+        """Return the records to be counted, of the configuration that was admitted last."""
+        if self._admitted != config.digest():
+            raise NotAllowed("run", "records are counted only for a run that was just admitted")
+        return self.site.sizes(config)
+
+    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
+        """Return what the site learned, if and as far as its owner allows the round."""
+        with self._working(assignment, adapter, trains=True) as work:
+            config, data = assignment.config, self._data(assignment.config)
+            report, frame = self.site.train(assignment, adapter)
+            refusal = over_bytes(work.policy, work.usage, work.number, down=0, up=len(frame))
+            if refusal is not None:
+                raise refusal
+            self._count(work, Used(up=len(frame)))
+            self.journal.write(
+                "round-trained",
+                run=assignment.run,
+                proposal=digest_of(assignment.signed),
+                round=assignment.round,
+                data=data,
+                examples=report.num_examples,
+                privacy=privacy_of(config),
+                epsilon=report.epsilon,
+                delta=report.delta,
+                up=len(frame),
+            )
+            return report, frame
+
+    def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
+        """Return metrics on held-out records, if the owner allows it."""
+        with self._working(assignment, adapter, trains=False):
+            return self.site.evaluate(assignment, adapter)
+
+    def watch(self, activity: str, step: int, steps: int) -> None:
+        """Raise NotAllowed if the message in work may not go on; called at every step of it."""
+        work = self._work
+        if work is None:
+            return
+        now, where = self.stopwatch(), f"round {work.number}: stopped at step {step} of {steps}"
+        if now - work.written >= CHECKPOINT_S:
+            self._count(work, Used())
+        if now > work.deadline:
+            raise NotAllowed("minutes", f"{where}, its time at this site is over")
+        if not work.policy.opening.open_at(self.clock()):
+            raise NotAllowed("hours", f"{where}, the hours of this site are over")
+        self._require_memory(work.policy)
+
+    def _decide(
+        self,
+        run: str,
+        config: RunConfig,
+        signed: Signed | None,
+        *,
+        round: int = 0,
+        trains: bool = False,
+        down: int = 0,
+    ) -> tuple[Policy, Usage]:
+        """Return the policy, and what the run has used, if a message is allowed; or PolicyError."""
+        policy, entries = read_policy(self.folder), self.approvals.entries()
+        self.journal.policy(policy_digest(self.folder))
+        asked = Asked(
+            run=run,
+            config=config,
+            signed=signed,
+            here=self._here,
+            now=self.clock(),
+            usage=self.book.read(run),
+            round=round,
+            trains=trains,
+            down=down,
+            entries=entries,
+        )
+        refusal = decide(policy, asked)
+        if refusal is not None:
+            if refusal.code == "pending" and signed is not None:
+                self.approvals.note(signed.proposal, signed.key, config, asked.now)
+            raise refusal
+        assert signed is not None  # `decide` refuses what is unsigned
+        if signed.proposal.digest in asked.usage.admitted:
+            return policy, asked.usage
+        return policy, self._first(policy, asked, signed)
+
+    def _first(self, policy: Policy, asked: Asked, signed: Signed) -> Usage:
+        """Write down that a proposal is allowed, the first time it is."""
+        proposal, rule = signed.proposal, rule_for(policy, asked, signed.proposal)
+        by = "" if rule is None else rule.name
+        if rule is not None:
+            self.approvals.note(proposal, signed.key, asked.config, asked.now, by)
+        self.journal.write(
+            "run-allowed",
+            run=asked.run,
+            proposal=proposal.digest,
+            author=proposal.author,
+            code=proposal.code,
+            config=proposal.config,
+            base=proposal.base,
+            contract=proposal.contract,
+            privacy=privacy_of(asked.config),
+            rule=by,
+        )
+        usage = asked.usage.admitting(proposal.digest)
+        self.book.write(usage)
+        return usage
+
+    @contextmanager
+    def _working(self, assignment: Assignment, adapter: Adapter, *, trains: bool) -> Iterator[Work]:
+        """Decide on a message, and count what is done inside the block."""
+        run, number = assignment.run, assignment.round
+        down = sum(array.nbytes for array in adapter.arrays.values())
+        with self._refusals(run, assignment.signed):
+            policy, usage = self._decide(
+                run, assignment.config, assignment.signed, round=number, trains=trains, down=down
+            )
+            self._require_memory(policy)
+            hold_to_cores(policy.limits.cores)
+            began = self.stopwatch()
+            work = Work(policy, usage, number, began + seconds_left(policy, usage, number), began)
+            self._count(work, Used(trained=trains, down=down))
+            self._work = work
+            try:
+                yield work
+            finally:
+                self._work = None
+                self._count(work, Used())
+
+    @contextmanager
+    def _refusals(self, run: str, signed: Signed | None) -> Iterator[None]:
+        """Write every refusal of the block to the audit log; a broken policy is one, too."""
+        try:
+            yield
+        except PolicyError as error:
+            refusal = error if isinstance(error, NotAllowed) else NotAllowed("policy", str(error))
+            self.journal.refusal(run, signed, refusal)
+            raise refusal from None
+
+    def _count(self, work: Work, more: Used) -> None:
+        """Add to what the run has used, with the seconds since it was last written."""
+        now = self.stopwatch()
+        usage = work.usage.plus(work.number, more.plus(seconds=now - work.written))
+        try:
+            self.book.write(usage)
+        except OSError as error:
+            log.error("%s: usage cannot be written: %s", self.name, error)
+            raise NotAllowed(
+                "policy", "what this run uses cannot be written down, so nothing more is allowed"
+            ) from None
+        work.usage, work.written = usage, now
+
+    def _require_memory(self, policy: Policy) -> None:
+        most, now = policy.limits.memory_mb, self.memory()
+        if most is not None and now > most * MIB:
+            raise NotAllowed(
+                "memory", f"the site holds {now // MIB} MiB of memory, and its policy allows {most}"
+            )
+
+    def _data(self, config: RunConfig) -> str:
+        """Return the fingerprint of the training records; "" of a site that has none to show."""
+        if not isinstance(self.site, WithRecords):
+            return ""
+        train, _ = self.site.records(config)
+        if self._known[0] is not train:  # the same object: read once, hashed once
+            self._known = (train, fingerprint(train))
+        return self._known[1]
+
+
+def here_of(folder: Path) -> Here:
+    """Return what the joined site in `folder` knows of itself. Raises ConfigError if it is none."""
+    joined = Identity(folder).coordinator
+    return Here(
+        federation=joined.federation,
+        authority=joined.authority,
+        code=code_digest(),
+        version=version(),
+    )
+
+
+def _both(one: Watch | None, other: Watch) -> Watch:
+    if one is None:
+        return other
+
+    def watch(activity: str, step: int, steps: int) -> None:
+        one(activity, step, steps)
+        other(activity, step, steps)
+
+    return watch

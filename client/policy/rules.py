@@ -1,0 +1,343 @@
+"""What the policy says to one message: pure functions of what is asked, and of what was used.
+
+`decide` asks the rules in this order, and the first that refuses gives the reason:
+
+    who      coordinator, author, run, code     is it one of those whom the owner knows?
+    what     privacy, cohort, columns, rounds   would the whole run keep the limits?
+    owner    rejected, pending                  has a person, or a rule of theirs, approved it?
+    used     minutes, bytes, hours              may it go on now?
+
+A rule returns None, or a sentence that may leave the site: it names what the owner allows and
+what was asked for, and nothing of the records. A policy that is stricter in any value refuses all
+that was refused before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from anabranch.client.policy.approvals import Entry
+from anabranch.client.policy.policy_file import Policy, Rule
+from anabranch.client.policy.usage import Usage
+from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import AnabranchError, PolicyError
+from anabranch.protocols.identity.proposal import Proposal, Signed, require_fits
+
+Code = Literal[
+    "unsigned", "coordinator", "author", "run", "code",
+    "privacy", "cohort", "columns", "rounds",
+    "rejected", "pending",
+    "minutes", "bytes", "hours",
+    "memory", "policy",
+]  # fmt: skip
+MB = 1_000_000
+
+
+class NotAllowed(PolicyError):
+    """The site's owner does not allow it, or not yet. `code` says which rule, for programs."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code: Code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """What the site knows of itself."""
+
+    federation: str  # that it has joined
+    authority: str  # fingerprint of the federation's authority
+    code: str  # digest of the software that is installed
+    version: str  # of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One message of a run, and what the decision depends on."""
+
+    run: str
+    config: RunConfig
+    signed: Signed | None
+    here: Here
+    now: float  # seconds since 1970, UTC
+    usage: Usage
+    round: int = 0  # 0: the message is of no round
+    trains: bool = False  # it asks for training
+    down: int = 0  # bytes that came with it
+    entries: Mapping[str, Entry] = field(default_factory=dict)  # proposal digest -> answer
+
+
+ConfigRule = Callable[[Policy, RunConfig], str | None]
+
+
+def decide(policy: Policy, asked: Asked) -> NotAllowed | None:
+    """Return why a message is refused; None: it is allowed."""
+    if asked.signed is None:
+        return NotAllowed(
+            "unsigned", f"run {asked.run[:60]!r}: no signed proposal came with the message"
+        )
+    for code, refuse in _WHO.items():
+        if (sentence := refuse(policy, asked, asked.signed)) is not None:
+            return NotAllowed(code, sentence)
+    for code, forbid in CONFIG_RULES.items():
+        if (sentence := forbid(policy, asked.config)) is not None:
+            return NotAllowed(code, sentence)
+    return _owner(policy, asked, asked.signed.proposal) or _used(policy, asked)
+
+
+# who
+
+
+def _coordinator(policy: Policy, asked: Asked, signed: Signed) -> str | None:
+    here, proposal = asked.here, signed.proposal
+    if here.authority not in policy.coordinators:
+        return (
+            f"this site's policy does not list the authority {here.authority[:16]}… of federation "
+            f"{here.federation} among its coordinators"
+        )
+    if proposal.federation != here.federation:
+        return f"the run is of federation {proposal.federation}, and this is {here.federation}"
+    return None
+
+
+def _author(policy: Policy, asked: Asked, signed: Signed) -> str | None:
+    author = signed.proposal.author
+    key = policy.authors.get(author)
+    if key is None:
+        return f"{author} is not among the authors whose runs this site takes"
+    if key != signed.key:
+        return f"the run is signed with another key than the one this site has of {author}"
+    return _kept(signed.verified)
+
+
+def _run(policy: Policy, asked: Asked, signed: Signed) -> str | None:
+    return _kept(lambda: require_fits(signed.proposal, asked.run, asked.config))
+
+
+def _code(policy: Policy, asked: Asked, signed: Signed) -> str | None:
+    proposal, here = signed.proposal, asked.here
+    if proposal.code == here.code:
+        return None
+    return (
+        f"the run was proposed for version {proposal.version} (code {proposal.code[:12]}), and "
+        f"this site has version {here.version} (code {here.code[:12]}): update the older one, or "
+        "ask the author to propose the run again"
+    )
+
+
+def _kept(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except AnabranchError as error:
+        return str(error)
+    return None
+
+
+_WHO: dict[Code, Callable[[Policy, Asked, Signed], str | None]] = {
+    "coordinator": _coordinator,
+    "author": _author,
+    "run": _run,
+    "code": _code,
+}
+
+
+# what: of the configuration alone, so that `site policy check` can ask them, too
+
+
+def _privacy(policy: Policy, config: RunConfig) -> str | None:
+    wanted = policy.privacy
+    if not wanted.required:
+        return None
+    tables = {"record": ["privacy"], "client": ["client_privacy"]}.get(
+        wanted.unit, ["privacy", "client_privacy"]
+    )
+    for name in tables:
+        table = config.privacy if name == "privacy" else config.client_privacy
+        if table is None:
+            return (
+                f"the run has no [{name}], and this site's policy asks for {name_of(name)} privacy"
+            )
+        if table.epsilon > wanted.epsilon_max:
+            return (
+                f"{name}.epsilon = {table.epsilon:g}, and this site's policy allows "
+                f"{wanted.epsilon_max:g}"
+            )
+        if table.delta is None:
+            return f"{name}.delta has to be stated: this site's policy allows {wanted.delta_max:g}"
+        if table.delta > wanted.delta_max:
+            return (
+                f"{name}.delta = {table.delta:g}, and this site's policy allows "
+                f"{wanted.delta_max:g}"
+            )
+    return None
+
+
+def _cohort(policy: Policy, config: RunConfig) -> str | None:
+    if policy.cohort.secure_aggregation == "required":
+        return (
+            "this site's policy asks for secure aggregation, which no run offers yet: the "
+            "coordinator sees every site's update"
+        )
+    size, what = config.federation.quorum, "federation.quorum"
+    if config.client_privacy is not None:  # its noise is made for a random cohort
+        population = config.client_privacy.population
+        size, what = config.federation.cohort or population, "the expected cohort"
+    if size < policy.cohort.minimum:
+        return f"{what} is {size}, and this site's policy asks for at least {policy.cohort.minimum}"
+    return None
+
+
+def _columns(policy: Policy, config: RunConfig) -> str | None:
+    never = [name for name in config.data.columns if name in policy.data.columns_never]
+    if never:
+        return f"the run reads the column {never[0]!r}, which this site's policy never gives"
+    return None
+
+
+def _rounds(policy: Policy, config: RunConfig) -> str | None:
+    rounds, most = config.federation.rounds, policy.limits.max_rounds
+    if rounds > most:
+        return f"the run has {rounds} rounds, and this site's policy allows {most}"
+    return None
+
+
+CONFIG_RULES: dict[Code, ConfigRule] = {
+    "privacy": _privacy,
+    "cohort": _cohort,
+    "columns": _columns,
+    "rounds": _rounds,
+}
+
+
+def name_of(table: str) -> str:
+    """Return the unit of privacy that a table of run.toml promises, in words."""
+    return {"privacy": "record-level", "client_privacy": "client-level"}[table]
+
+
+# owner
+
+
+def _owner(policy: Policy, asked: Asked, proposal: Proposal) -> NotAllowed | None:
+    known = asked.entries.get(proposal.digest)
+    state = None if known is None else known.state
+    short = proposal.digest[:12]
+    if state == "rejected":
+        return NotAllowed("rejected", f"the owner of this site rejected this run ({short})")
+    if state == "approved" or rule_for(policy, asked, proposal) is not None:
+        return None
+    return NotAllowed("pending", f"waiting for the owner: `anabranch site policy approve {short}`")
+
+
+def rule_for(policy: Policy, asked: Asked, proposal: Proposal) -> Rule | None:
+    """Return the rule that approves a proposal in its owner's place; None if there is none.
+
+    None, too, for a proposal that a person has decided on.
+    """
+    known = asked.entries.get(proposal.digest)
+    if policy.approval.mode != "by rule" or (
+        known is not None and known.state in ("approved", "rejected")
+    ):
+        return None
+    return next((r for r in policy.approval.rules if _fits(r, asked, proposal)), None)
+
+
+def _fits(rule: Rule, asked: Asked, proposal: Proposal) -> bool:
+    like, config = asked.entries.get(rule.like), asked.config
+    if like is None or like.state != "approved":
+        return False
+    if any(getattr(like.proposal, name) != getattr(proposal, name) for name in rule.same):
+        return False
+    if rule.max_rounds is not None and config.federation.rounds > rule.max_rounds:
+        return False
+    runs = {digest for digest, one in asked.entries.items() if one.by == rule.name and ruled(one)}
+    if len(runs | {proposal.digest}) > rule.max_runs:
+        return False
+    tables = (config.privacy, config.client_privacy)
+    epsilons = [table.epsilon for table in tables if table is not None]
+    return rule.epsilon_max is None or (
+        bool(epsilons) and max(epsilons) <= rule.epsilon_max
+    )  # a run without privacy spends any epsilon
+
+
+def ruled(entry: Entry) -> bool:
+    """Whether a rule, and no person, let this proposal in."""
+    return entry.state == "by rule"
+
+
+# used
+
+
+def _used(policy: Policy, asked: Asked) -> NotAllowed | None:
+    return (
+        _rounds_used(policy, asked)
+        or _minutes(policy, asked)
+        or _bytes(policy, asked)
+        or (_hours(policy, asked))
+    )
+
+
+def _rounds_used(policy: Policy, asked: Asked) -> NotAllowed | None:
+    planned, most = asked.config.federation.rounds, policy.limits.max_rounds
+    if asked.round > planned:
+        return NotAllowed("rounds", f"round {asked.round} of a run that has {planned}")
+    new = asked.trains and not asked.usage.round(asked.round).trained
+    if new and asked.usage.trained >= most:
+        return NotAllowed("rounds", f"this site has trained {most} rounds of this run: its limit")
+    return None
+
+
+def _minutes(policy: Policy, asked: Asked) -> NotAllowed | None:
+    left = seconds_left(policy, asked.usage, asked.round)
+    if left > 0:
+        return None
+    return NotAllowed("minutes", f"this site has no time left for {_spent(policy, asked)}")
+
+
+def _spent(policy: Policy, asked: Asked) -> str:
+    limits = policy.limits
+    if asked.usage.total.seconds >= limits.max_minutes_total * 60:
+        return f"this run, which may take {limits.max_minutes_total:g} minutes"
+    return f"round {asked.round}, which may take {limits.max_minutes_per_round:g} minutes"
+
+
+def seconds_left(policy: Policy, usage: Usage, number: int) -> float:
+    """Return how many seconds a round may still take; 0 or less: none."""
+    limits = policy.limits
+    of_round = limits.max_minutes_per_round * 60 - usage.round(number).seconds
+    return min(of_round, limits.max_minutes_total * 60 - usage.total.seconds)
+
+
+def _bytes(policy: Policy, asked: Asked) -> NotAllowed | None:
+    return over_bytes(policy, asked.usage, asked.round, down=asked.down, up=0)
+
+
+def over_bytes(
+    policy: Policy, usage: Usage, number: int, *, down: int, up: int
+) -> NotAllowed | None:
+    """Return the refusal of a message that brings or takes so many bytes more; None: it may."""
+    limits, one, all_ = policy.limits, usage.round(number), usage.total
+    for what, bytes_, most in (
+        ("received in one round", one.down + down, limits.max_mb_down_per_round),
+        ("received in one run", all_.down + down, limits.max_mb_down_total),
+        ("sent in one round", one.up + up, limits.max_mb_up_per_round),
+        ("sent in one run", all_.up + up, limits.max_mb_up_total),
+    ):
+        if bytes_ > most * MB:
+            return NotAllowed(
+                "bytes",
+                f"{bytes_ / MB:.3g} MB would be {what}, and this site's policy allows {most:g}",
+            )
+    return None
+
+
+def _hours(policy: Policy, asked: Asked) -> NotAllowed | None:
+    hours = policy.opening
+    if hours.open_at(asked.now):
+        return None
+    opens = hours.opens(asked.now)
+    return NotAllowed(
+        "hours",
+        f"outside the hours of this site; they begin {opens:%a %Y-%m-%d %H:%M} ({hours.zone.key})",
+    )
