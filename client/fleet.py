@@ -69,6 +69,7 @@ BEAT_S = 4.0
 INTERVAL_S = 10.0  # that Flower is told; it takes a node for gone after twice this
 CALL_S = 60.0  # one piece over a slow link: 1 MiB at 0.15 Mbit/s
 OVER = 2007  # Flower's code: the run is not running any more
+MAX_ANSWER = 16 << 20  # bytes of one answer; a piece of an array has 1 MiB
 MAX_OBJECTS = 4096  # of one message: 4 GiB in pieces
 TYPES = frozenset({"train", "evaluate", DESCRIBE})  # of a message, as client_app serves them
 
@@ -129,6 +130,10 @@ class Fleet:
             interceptors=[_Version(), NodeAuthHttpInterceptor(key, public)],
             verify=context,
             timeout=CALL_S,
+        )
+        self._client._client.close()
+        self._client._client = httpx.Client(
+            transport=_Bounded(verify=context), timeout=CALL_S, follow_redirects=False
         )
         self.node = 0
         self._upload: _Upload | None = None
@@ -259,6 +264,41 @@ class Fleet:
         if not _call(self._client.PushObject, request).stored:
             self._upload = None
             raise Over("the upload took too long; the coordinator asks again")
+
+
+class _Bounded(httpx.HTTPTransport):
+    """Reads no answer beyond MAX_ANSWER, and none that is to be unpacked. No proxies, either."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; its answer's body is bounded."""
+        request.headers["accept-encoding"] = "identity"
+        answer = super().handle_request(request)
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            answer.close()
+            raise httpx.RemoteProtocolError("an answer in an encoding that was not asked for")
+        body = cast(httpx.SyncByteStream, answer.stream)
+        return httpx.Response(
+            answer.status_code, headers=answer.headers, stream=_Reading(body), request=request
+        )
+
+
+class _Reading(httpx.SyncByteStream):
+    """A body of at most MAX_ANSWER bytes."""
+
+    def __init__(self, inner: httpx.SyncByteStream) -> None:
+        self._inner = inner
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self._inner:
+            size += len(part)
+            if size > MAX_ANSWER:
+                raise httpx.RemoteProtocolError(f"an answer of more than {MAX_ANSWER} bytes")
+            yield part
+
+    def close(self) -> None:
+        """Close the body."""
+        self._inner.close()
 
 
 class _Version:

@@ -108,7 +108,7 @@ def parse(text: bytes | str, *, source: str) -> RunConfig:
     """Return the configuration in TOML `text`, or raise ConfigError naming `source` and field."""
     try:
         return msgspec.toml.decode(text, type=RunConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
+    except (msgspec.DecodeError, ValueError, ConfigError) as error:  # ValueError: 5000 digits
         raise ConfigError(f"{source}: {error}") from None
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply") from None

@@ -19,6 +19,7 @@ import hashlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,11 +46,11 @@ from flwr.proto.runtime_pb2 import (
     PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
@@ -63,6 +64,7 @@ from anabranch.storage.files import locked
 
 BASE = "http://superlink"  # what stands in requests; the socket decides where they go
 CALL_S = 30.0
+BEAT_S = 8.0
 CHUNK = str(1 << 20)  # bytes of an array in one object: what a slow link repeats at most
 SESSION_S = 180.0  # Flower's own limit between two objects of one reply
 
@@ -271,8 +273,8 @@ class SuperLinkGrid(HttpGrid):
         super().__init__(runtime_api_address="superlink", insecure=True, token=token)
         self._link, self.flower_run = link, flower_run
         self._arriving: dict[str, _Arriving] = {}  # by reply
-        self._heartbeat: HeartbeatSender | None = None
-        self._finished = False
+        self._closed = threading.Event()
+        self._lost = False  # the SuperLink took the task for dead
 
     def begin(self) -> None:
         """Take over the task of the run, and keep it alive."""
@@ -281,16 +283,13 @@ class SuperLinkGrid(HttpGrid):
         TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
         TaskIdentity.node_id = task.context.node_id
         self.set_run(run_from_proto(task.run))
-        self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-        self._heartbeat.start()
+        threading.Thread(target=self._beat, name="task", daemon=True).start()
 
     def close(self) -> None:
         """End the Flower run; a SuperLink that is gone ends it itself."""
-        if self._finished:
+        if self._closed.is_set():
             return
-        self._finished = True
-        if self._heartbeat is not None:
-            self._heartbeat._stop_event.set()  # its `stop` would wait for a call under way
+        self._closed.set()
         if self._client is None:
             return
         try:
@@ -331,6 +330,20 @@ class SuperLinkGrid(HttpGrid):
             for one in self._arriving.values()
         }
 
+    def _beat(self) -> None:
+        """Keep the task alive. (Flower's own heartbeat interrupts the process instead.)"""
+        with self._link._client(RuntimeHttpClient, self._token) as client:
+            while not self._closed.wait(BEAT_S):
+                try:
+                    alive = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+                except httpx.TransportError:
+                    continue  # it is away; the calls of the grid say so
+                except httpx.HTTPStatusError as error:
+                    alive = error.response.status_code not in (401, 403, 404)
+                if not alive:
+                    self._lost = True
+                    return
+
     def _connect(self) -> None:
         self._client = self._link._client(RuntimeHttpClient, self._token)
 
@@ -360,6 +373,8 @@ class SuperLinkGrid(HttpGrid):
         return self._guarded(lambda: self._runtime_client.PullObject(request))
 
     def _guarded(self, call: Callable[[], T]) -> T:
+        if self._lost:
+            raise SuperLinkGone("the SuperLink took this run for dead; it is attached again")
         try:
             return call()
         except httpx.HTTPError as error:

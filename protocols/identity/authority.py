@@ -1,10 +1,12 @@
-"""A federation's certificate authority: ECDSA P-256, X.509 (RFC 5280). Keys and times are arguments.
+"""A federation's certificate authority: ECDSA P-256, X.509 (RFC 5280). Keys, times: arguments.
 
     authority    self-signed, path length 0, ten years; name constraints: its certificates hold for
                  the coordinator's hosts, and for sites of this federation (URIs), nobody else
     server       the coordinator's hosts (subjectAltName), serverAuth, SERVER_DAYS; renewed early
-    site         CN and URI anabranch://<federation>/site/<name>, clientAuth, SITE_DAYS
+    site         URI anabranch://<federation>.anabranch/site/<name>, clientAuth, SITE_DAYS
 
+Names count in subjectAltName alone. A common name is for people, and has a space in it: OpenSSL
+holds one that could be a host's ("10.0.0.1", "ward.b") against the name constraints.
 Of a certificate request nothing is taken over but the public key, whose possession its signature
 proves. Server certificates are for servers, site certificates for clients alone
 (extendedKeyUsage), so neither passes for the other.
@@ -55,7 +57,8 @@ class Authority:
     ) -> x509.Certificate:
         """Return a certificate for a server that is reached as any of `hosts` (names or IPs)."""
         names = x509.SubjectAlternativeName([general_name(host) for host in hosts])
-        return self._sign(key, hosts[0], names, ExtendedKeyUsageOID.SERVER_AUTH, now, days)
+        common = f"coordinator of {self.federation}"
+        return self._sign(key, common, names, ExtendedKeyUsageOID.SERVER_AUTH, now, days)
 
     def site(
         self, key: PublicKey, name: str, now: Time, days: float = SITE_DAYS
@@ -63,7 +66,7 @@ class Authority:
         """Return a certificate of the site `name` for a key."""
         uri = x509.UniformResourceIdentifier(site_uri(self.federation, name))
         names = x509.SubjectAlternativeName([uri])
-        return self._sign(key, name, names, ExtendedKeyUsageOID.CLIENT_AUTH, now, days)
+        return self._sign(key, f"site {name}", names, ExtendedKeyUsageOID.CLIENT_AUTH, now, days)
 
     def _sign(
         self,
@@ -137,7 +140,7 @@ def request_key(request: bytes) -> PublicKey:
     try:
         csr = x509.load_pem_x509_csr(request)
         key, signed = csr.public_key(), csr.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise MalformedMessage("certificate request: expected PKCS #10 in PEM") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
         raise MalformedMessage("certificate request: expected a key on P-256")
@@ -155,7 +158,7 @@ def site_of(certificate: x509.Certificate, root: x509.Certificate, now: Time) ->
         certificate.verify_directly_issued_by(root)
         usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
         raise ProtocolError("certificate: not one of this federation; join again") from None
     uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
     if ExtendedKeyUsageOID.CLIENT_AUTH not in usage or len(uris) != 1:
@@ -207,7 +210,7 @@ def read_certificate(pem: bytes, what: str) -> x509.Certificate:
     """Return the certificate in PEM; MalformedMessage naming `what` if there is none."""
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except (ValueError, TypeError, x509.InvalidVersion):
         raise MalformedMessage(f"{what}: expected a certificate as PEM") from None
 
 

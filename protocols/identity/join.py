@@ -7,11 +7,13 @@
     GET  /site/hello    → Hello            the coordinator's clock and version
 
 A refusal is HTTP 4xx with {"code": word, "message": safe sentence} (Refusal). Decoders refuse
-unknown fields, and bodies over MAX_BODY are refused unread.
+unknown fields, control characters (what a peer says is shown in terminals; lines and tabs may be),
+numbers that no clock or counter has, and, unread, bodies over MAX_BODY.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -19,7 +21,7 @@ import msgspec
 from anabranch.protocols.errors import MalformedMessage
 from anabranch.protocols.identity.proposal import Hex, Short
 from anabranch.protocols.messages import M
-from anabranch.protocols.tables import Name, NotNegative
+from anabranch.protocols.tables import Name
 
 JOIN, RENEW, REPORT, LEAVE, HELLO = (
     f"/site/{word}" for word in ("join", "renew", "report", "leave", "hello")
@@ -27,7 +29,12 @@ JOIN, RENEW, REPORT, LEAVE, HELLO = (
 MAX_BODY = 64 << 10  # bytes of any of these
 MAX_CONTRACT = 32 << 10  # characters of a run.toml that comes with Joined
 
-Text = Annotated[str, msgspec.Meta(max_length=500)]
+PLAIN = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*\Z"
+Text = Annotated[str, msgspec.Meta(max_length=500, pattern=PLAIN)]
+Word = Annotated[str, msgspec.Meta(max_length=200, pattern=PLAIN)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Time = Annotated[float, msgspec.Meta(ge=0, le=1e11)]  # seconds since 1970, UTC; to the year 5138
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Pem = Annotated[str, msgspec.Meta(max_length=8192)]
 
 Activity = Literal[
@@ -61,7 +68,7 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     authors: dict[Name, Hex]  # who may propose runs: name -> Ed25519 public key
     version: Short  # of anabranch at the coordinator
     app: Hex  # hash of the Flower app that messages will name
-    time: float  # seconds since 1970, UTC
+    time: Time
     contract: Annotated[str, msgspec.Meta(max_length=MAX_CONTRACT)] = ""  # a run.toml; "": none yet
 
 
@@ -82,23 +89,23 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     boot: Hex  # random, new at each start: what an earlier process held is lost
     activity: Activity
-    since: float  # seconds since 1970, UTC
-    run: Annotated[str, msgspec.Meta(max_length=200)] = ""
-    round: Annotated[int, msgspec.Meta(ge=0)] = 0
-    step: Annotated[int, msgspec.Meta(ge=0)] = 0
-    steps: Annotated[int, msgspec.Meta(ge=0)] = 0
-    message: Annotated[str, msgspec.Meta(max_length=200)] = ""  # Flower's id of the message in work
+    since: Time
+    run: Word = ""
+    round: Number = 0
+    step: Number = 0
+    steps: Number = 0
+    message: Word = ""  # Flower's id of the message in work
     reason: Text = ""  # why it waits: a safe sentence
     ready: bool = False  # every preflight check passed
     checks: tuple[Text, ...] = ()  # those that did not, a sentence each
-    seconds_per_round: NotNegative | None = None  # estimate of the preflight
-    version: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    seconds_per_round: Seconds | None = None  # estimate of the preflight
+    version: Word = ""
 
 
 class Heard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Taken note of."""
 
-    time: float  # seconds since 1970, UTC
+    time: Time
     renew: bool = False  # a new certificate is to be asked for now
 
 
@@ -113,14 +120,20 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     federation: Name
     version: Short
-    time: float
+    time: Time
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """No, and why. `code` is for programs, `message` for people."""
 
-    code: Annotated[str, msgspec.Meta(max_length=64)]
+    code: Annotated[str, msgspec.Meta(max_length=64, pattern=PLAIN)]
     message: Text
+
+
+def plain(text: str, most: int = 500) -> str:
+    """Return text as these messages may carry it: no control characters, at most `most` long."""
+    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+    return clean if len(clean) <= most else clean[: most - 1] + "…"
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -24,9 +24,12 @@ from anabranch.protocols.tables import Name
 DOMAIN = b"anabranch run proposal 1\0"
 MAX_PROPOSAL = 4096  # bytes of JSON
 
-Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{128}$")]
-Short = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Signature = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{128}\Z")]
+# No control characters: what a peer says is shown in terminals.
+Short = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")
+]
 
 
 class Proposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -173,7 +173,7 @@ def test_no_more_than_the_cohort_train_at_a_time() -> None:
 
     def push(messages):  # type: ignore[no-untyped-def]
         ids = send(messages)
-        under_way.append(len(federation.engine._exchange._mail._open) + len(ids))
+        under_way.append(len(federation.engine._exchange._mail._sent) + len(ids))
         return ids
 
     federation.grid.push_messages = push  # type: ignore[method-assign]

@@ -279,19 +279,19 @@ def table_release(tmp_path: Path) -> Callable[..., release.Release]:
 
 
 def test_an_int8_model_that_loses_too_much_is_refused_and_left_out(tmp_path: Path) -> None:
-    """One large feature takes the whole int8 range, the small one that decides is rounded away."""
+    """Large features take a row's whole int8 range, the small one that decides is rounded away."""
     config = config_for(
         "tabular",
-        {"a": Column(type="number"), "b": Column(type="number")},
+        {name: Column(type="number") for name in "abc"},
         Model(base="logistic"),
         lora=Lora(rank=0),
     )
-    rows = np.random.default_rng(6).standard_normal((200, 2)).astype(np.float32)
-    rows[:, 1] *= 1000
+    rows = np.random.default_rng(6).standard_normal((200, 3)).astype(np.float32)
+    rows[:, 1:] = np.abs(rows[:, 1:]) * np.array([1000, -1000], np.float32)
     labels = (rows[:, 0] > 0).astype(np.int64)
     classifier = load_classifier(config)
     with torch.no_grad():
-        classifier.head.weight.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+        classifier.head.weight.copy_(torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
 
     message = (
         r"int8 model refused: its accuracy is 0\.[0-9]+, fp32 has 1\.0000, and "

@@ -7,7 +7,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from anabranch.client.flower import DESCRIBE, Described, _pack
-from anabranch.server.flower import Failure, Letter, Mailbox
+from anabranch.server.flower import Failure, Letter
+from anabranch.server.mailbox import Mailbox
 from anabranch.server.roster import Roster
 from anabranch.simulations.grid import identify, number
 
@@ -99,5 +100,5 @@ def test_who_has_a_letter_open_is_not_available(letters: Any) -> None:
     mailbox.send([(Letter(DESCRIBE, i, 1, "a"), RecordDict()) for i in range(letters)])
     for _ in range(letters):
         assert list(roster.available()) == ["b"]
-        mailbox._answered(1)
+        mailbox._close(next(iter(mailbox._sent.values())))  # as if it had been answered
     assert list(roster.available()) == ["a", "b"]

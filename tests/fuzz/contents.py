@@ -1,0 +1,83 @@
+"""Valid messages of a round, and contents of Flower's messages damaged in their records."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from anabranch.client import flower
+from anabranch.protocols import messages, wire
+from anabranch.protocols.identity import proposal
+from anabranch.protocols.tables import Uplink
+from anabranch.server.flower import Peer
+from tests.fuzz import mutate
+from tests.protocols.rig import ADAPTER, DELTA, ONLY_B
+from tests.runs import table_run
+
+RUN = table_run()
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SIGNED = proposal.sign(
+    proposal.Proposal(
+        federation="heart",
+        run="r",
+        author="dr-lee",
+        version="1",
+        code="ab" * 32,
+        config=RUN.digest(),
+        base=RUN.model.base,
+        contract=proposal.contract_digest(RUN),
+    ),
+    KEY,
+)
+ASSIGNMENT = messages.Assignment(run="r", round=1, config=RUN, part=ONLY_B, signed=SIGNED)
+TRAINED = messages.Trained(
+    site="north", num_examples=7, steps=3, seconds=1.5, loss=0.5, epsilon=1.0, delta=1e-5,
+    noise_multiplier=1.0, sample_rate=0.5, ledger="ab" * 32,
+)  # fmt: skip
+EVALUATED = messages.Evaluated(site="north", num_examples=7, metrics={"accuracy": 0.5})
+REFUSED = messages.Refused(site="north", reason="policy", message="not approved")
+DESCRIBE = flower.Describe(run="r", config=RUN, signed=SIGNED)
+DESCRIBED = flower.Described(site="north", num_examples=7, held_out=7, max_rank=4)
+
+
+CONTENTS = (
+    flower.pack_assignment(ASSIGNMENT, wire.encode(ADAPTER)),
+    flower.pack_trained(TRAINED, wire.encode(DELTA)),
+    flower.pack_evaluated(EVALUATED),
+    flower.pack_refused(REFUSED),
+    flower.pack_describe(DESCRIBE),
+    flower._pack(DESCRIBED),
+)
+UPLINK = Uplink()
+PEER = Peer("north", 1, 7, 7)
+
+
+def content_of(data: bytes) -> RecordDict:
+    """Return a content that the bytes choose: a valid one, damaged in its records."""
+    rng = random.Random(data)
+    content = RecordDict(dict(rng.choice(CONTENTS)))
+    message: dict[str, Any] = dict(content["message"])
+    if isinstance(message["json"], bytes) and rng.random() < 0.7:
+        message["json"] = mutate.json_value(message["json"], rng)
+    if rng.random() < 0.3:
+        message[rng.choice(("kind", "json", "more"))] = rng.choice(
+            ("refused", "trained", "describe", "", "\x1b", 1, 1.5, b"", b"{}", True, [1], ["a"])
+        )
+    content["message"] = ConfigRecord(message)
+    if rng.random() < 0.6:
+        sample = wire.encode(rng.choice((ADAPTER, DELTA)))
+        frame = rng.choice((mutate.frame, mutate.blind))(sample, rng)
+        shape = rng.choice(((len(frame),), (len(frame),), (), (-1,), (2**70,), (1, 1)))
+        kind = rng.choice((flower.FRAME_TYPE, flower.FRAME_TYPE, "numpy.ndarray", ""))
+        array = Array(rng.choice(("uint8", "uint8", "float32", "")), shape, kind, frame)
+        content["frame"] = ArrayRecord({rng.choice(("frame", "frame", "other")): array})
+    if rng.random() < 0.3:
+        content[rng.choice(("frame", "metrics", "message", "more"))] = rng.choice(
+            (ConfigRecord({"frame": "x"}), MetricRecord({"num-examples": [1.5]}), ArrayRecord())
+        )
+    if rng.random() < 0.2:
+        del content[rng.choice(list(content))]
+    return content
