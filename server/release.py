@@ -7,7 +7,7 @@
     adapter/                 PEFT folder
     merged/                  base with the adapter folded in (a Hugging Face folder for texts), head
     onnx/model.onnx          fp32
-    onnx/model-int8.onnx     dynamic int8
+    onnx/model-int8.onnx     int8: weights per channel, activations per token or record
 
 Every graph is measured on held-out records through the device runtime, tokenizer included,
 before anyone can see the release: all is built in a hidden folder beside the target, and

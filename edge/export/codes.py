@@ -1,6 +1,7 @@
 """Weights as small integers: one scale per channel (8 bits), or one per block of 4-bit codes.
 
     channels     w ≈ s_c · q        q int8 in ±limit, s_c = max |w| of channel c / limit
+    pairs        channels whose codes cannot overflow 16 bits in pairs of products
     blocks       w ≈ s_b · (q - 8)  q in 0 … 15, b: `block` consecutive values of a row
 
 A block's scale is d / -8 with d its value of largest magnitude, sign kept, so that this value
@@ -30,7 +31,30 @@ def quantize_channels(weights: Floats, axis: int, limit: int) -> tuple[Codes, Fl
     |w - s·q| ≤ s/2 everywhere. A channel of zeros, or of values too small for a normal float32
     as their scale, has scale 1 and codes 0.
     """
-    largest = np.abs(weights).max(axis=1 - axis)
+    return _channels(weights, np.abs(weights).max(axis=1 - axis), axis, limit)
+
+
+def quantize_pairs(weights: Floats) -> tuple[Codes, Floats]:
+    """Return (codes, scales) of a layer (inputs, outputs), one scale per output.
+
+    x86 without VNNI multiplies bytes of x, 0 … 255, by codes, and adds the products of inputs
+    2i and 2i + 1 in 16 bits (VPMADDUBSW). Those of one pair and one sign add to 128 at most here,
+    so that sum stays within ±255 · 128 and is exact. Codes of 7 bits have the same bound, but
+    large weights are seldom neighbours: most outputs get codes up to 100 and more.
+
+    |w - s·q| ≤ s/2 everywhere. A channel of zeros is coded as by `quantize_channels`.
+    """
+    inputs, outputs = weights.shape
+    padded = np.zeros((inputs + inputs % 2, outputs), np.float32)
+    padded[:inputs] = weights
+    pairs = padded.reshape(-1, 2, outputs)
+    sums = [np.maximum(sign * pairs, 0).sum(axis=1).max(axis=0) for sign in (1, -1)]
+    # Rounding adds half a code to each of the two: 127 + 1.
+    return _channels(weights, np.maximum(*sums), 1, 127)
+
+
+def _channels(weights: Floats, largest: Floats, axis: int, limit: int) -> tuple[Codes, Floats]:
+    """Return codes and scales with `largest`, of a channel, at the code `limit`."""
     scales = largest / np.float32(limit)
     scales = np.where(scales >= LEAST, scales, 1).astype(np.float32)
     codes = np.rint(weights / np.expand_dims(scales, 1 - axis))

@@ -52,9 +52,12 @@ class Weight:
         return next(iter(self.products.values()))
 
 
-def find_weights(graph: onnx.GraphProto, smallest: int, *, one_way: bool) -> list[Weight]:
+def find_weights(
+    graph: onnx.GraphProto, smallest: int, *, one_way: bool, narrowest: int = NARROW
+) -> list[Weight]:
     """Return the matrices of at least `smallest` elements that can be quantized, in their order.
 
+    Neither side of one is shorter than `narrowest`.
     With `one_way`, all uses of one must multiply by it the same way round, as in an inference
     graph. Raises BundleError for a weight whose bytes lie in another file or that is not finite.
     """
@@ -62,7 +65,7 @@ def find_weights(graph: onnx.GraphProto, smallest: int, *, one_way: bool) -> lis
     inputs = {value.name for value in graph.input}
     found = []
     for constant in graph.initializer:
-        if constant.name in inputs or not _is_matrix(constant, smallest):
+        if constant.name in inputs or not _is_matrix(constant, smallest, narrowest):
             continue
         mine = uses[constant.name]
         weight = _embedding(constant, mine) or _linear(constant, mine, uses)
@@ -71,12 +74,12 @@ def find_weights(graph: onnx.GraphProto, smallest: int, *, one_way: bool) -> lis
     return found
 
 
-def _is_matrix(constant: TensorProto, smallest: int) -> bool:
+def _is_matrix(constant: TensorProto, smallest: int, narrowest: int) -> bool:
     shape = constant.dims
     return (
         constant.data_type == TensorProto.FLOAT
         and len(shape) == 2
-        and min(shape) >= NARROW
+        and min(shape) >= narrowest
         and shape[0] * shape[1] >= smallest
     )
 

@@ -10,10 +10,14 @@ A step computes loss and gradients in float32, exactly those of a base whose wei
 dequantized ones (QLoRA's idea, Dettmers et al. 2023, arXiv:2305.14314). Every product has a
 DequantizeLinear of its own: the float copy of a weight lives for one node.
 
-Inference in int8 quantizes x when it runs, from x's own range. Codes of linear layers are the same
-in step and inference, so files can share their bytes (weights.py); in int8 they take 7 of the 8
-bits: x86 without VNNI adds pairs of uint8 · int8 products in 16 bits, which 8-bit weights can
-overflow (onnxruntime's guide to quantization). Embeddings take all 8.
+Inference in int8 quantizes x when it runs, from x's own range: that of the whole batch or, with
+`per_row`, of each row (per token in ZeroQuant, Yao et al. 2022, arXiv:2206.01861), which takes
+about a quarter more time.
+
+x86 without VNNI adds pairs of uint8 · int8 products in 16 bits, which 8-bit weights can overflow
+(onnxruntime's guide to quantization). So codes of linear layers take 7 of the 8 bits; they are the
+same in step and inference, and files can share their bytes (weights.py). With `per_row` they are
+those of `codes.quantize_pairs`, finer and as safe. Embeddings take all 8 bits.
 
 Quantized is what `frozen.find_weights` finds: float32 matrices that only feed linear layers, or
 only embeddings. Everything else stays float: adapter, biases, norms, convolutions, other uses.
@@ -27,7 +31,7 @@ from functools import partial
 import onnx
 from onnx import TensorProto, helper
 
-from anabranch.edge.export.frozen import Weight, find_weights
+from anabranch.edge.export.frozen import NARROW, Weight, find_weights
 from anabranch.edge.export.quantized import MICROSOFT, Writer
 from anabranch.protocols.errors import BundleError
 
@@ -57,15 +61,37 @@ def quantize_step(
 
 
 def quantize_infer(
-    model: onnx.ModelProto, precision: str, *, smallest: int = SMALLEST, block: int = BLOCK
+    model: onnx.ModelProto,
+    precision: str,
+    *,
+    smallest: int = SMALLEST,
+    block: int = BLOCK,
+    narrowest: int = NARROW,
+    per_row: bool = False,
 ) -> onnx.ModelProto:
     """Return an inference graph over the quantized base, with logits near the float graph's.
 
-    Guarantees and errors as `quantize_step`; the overridable defaults (the adapter) stay float.
+    Guarantees and errors as `quantize_step`; the overridable defaults (the adapter) stay float, as
+    do matrices with a side shorter than `narrowest`.
+
     In int8 the codes of x share the range of the whole batch, so the last digits of a record's
-    logits depend on the other records; in int4 they do not.
+    logits depend on the other records; in int4 they do not. With `per_row` every row of x, which
+    is a token or a record, has a range of its own: then no product depends on other rows, and for
+    a row with least value l and largest h, and the dequantized weight W',
+    |y - x·W'| ≤ (h - l) / 510 · Σ |W'| down each column, and float32's rounding. Raises ValueError
+    for `per_row` in int4, which has ranges per block of a row anyway.
     """
-    return _quantize(model, precision, step=False, smallest=smallest, block=block)
+    if per_row and precision == "int4":
+        raise ValueError("per_row is for int8: in int4 every block of a row has its own range")
+    return _quantize(
+        model,
+        precision,
+        step=False,
+        smallest=smallest,
+        block=block,
+        narrowest=narrowest,
+        per_row=per_row,
+    )
 
 
 def oldest_onnxruntime(model: onnx.ModelProto) -> str:
@@ -91,7 +117,14 @@ def oldest_onnxruntime(model: onnx.ModelProto) -> str:
 
 
 def _quantize(
-    model: onnx.ModelProto, precision: str, *, step: bool, smallest: int, block: int
+    model: onnx.ModelProto,
+    precision: str,
+    *,
+    step: bool,
+    smallest: int,
+    block: int,
+    narrowest: int = NARROW,
+    per_row: bool = False,
 ) -> onnx.ModelProto:
     if precision not in ("int8", "int4"):
         raise ValueError(f'expected precision "int8" or "int4", got {precision!r}')
@@ -106,23 +139,33 @@ def _quantize(
         raise BundleError(
             f"the graph's weights are {marks[MARK]} already; make {precision} from the fp32 graph"
         )
-    weights = find_weights(result.graph, smallest, one_way=not step)
-    writer = Writer(result.graph)
+    weights = find_weights(result.graph, smallest, one_way=not step, narrowest=narrowest)
+    (standard,) = (o.version for o in result.opset_import if o.domain in ("", "ai.onnx"))
+    writer = Writer(result.graph, opset=standard)
     four = block if precision == "int4" else 0
-    _rewrite(result.graph, weights, writer, step=step, four=four)
+    _rewrite(result.graph, weights, writer, step=step, four=four, per_row=per_row)
     _declare(result)
     helper.set_model_props(result, marks | {MARK: precision})
     return result
 
 
 def _rewrite(
-    graph: onnx.GraphProto, weights: list[Weight], writer: Writer, *, step: bool, four: int
+    graph: onnx.GraphProto,
+    weights: list[Weight],
+    writer: Writer,
+    *,
+    step: bool,
+    four: int,
+    per_row: bool,
 ) -> None:
     """Replace the uses of `weights`; `four` is the block of 4-bit codes, 0 for 8 bits."""
     new: dict[str, Rewrite] = {}
+    product = writer.nbits if four else writer.by_row if per_row else writer.integer
     for weight in weights:
         codes = (
-            writer.blocks(weight, four, step=step) if four else writer.channels(weight, step=step)
+            writer.blocks(weight, four, step=step)
+            if four
+            else writer.channels(weight, step=step, pairs=per_row)
         )
         for output in weight.lookups:
             new[output] = partial(writer.rows4 if four else writer.rows8, codes=codes)
@@ -130,7 +173,7 @@ def _rewrite(
             if step:
                 new[output] = partial(writer.dequantized, codes=codes, transposed=transposed)
             else:
-                new[output] = partial(writer.nbits if four else writer.integer, codes=codes)
+                new[output] = partial(product, codes=codes)
     gone = {name for weight in weights for name in (weight.name, *weight.transpositions)}
     for node in graph.node:
         write = new.get(node.output[0])

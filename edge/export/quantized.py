@@ -13,14 +13,25 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from anabranch.edge.export.codes import ZERO, block_for, pack, quantize_blocks, quantize_channels
+from anabranch.edge.export.codes import (
+    LEAST,
+    ZERO,
+    block_for,
+    pack,
+    quantize_blocks,
+    quantize_channels,
+    quantize_pairs,
+)
 from anabranch.edge.export.frozen import Weight
 from anabranch.edge.export.weights import packed_tensor, tensor
 
 EMBEDDING_LIMIT, PRODUCT_LIMIT = 127, 63  # largest 8-bit code, see quantize.py
 MICROSOFT = "com.microsoft"
+FLOAT = np.float32
+LEVELS = 255  # 8-bit codes of a row of x: 0 … 255
+AXES_AS_INPUT = 18  # opset: before, the axes of ReduceMin and ReduceMax are an attribute
 INT8_PRODUCT = 4  # MatMulNBits' accuracy_level: x in 8 bits per block, sums in 32
 
 
@@ -40,25 +51,32 @@ class Codes:
 class Writer:
     """Nodes and constants of a graph that is being rewritten."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, *, opset: int) -> None:
+        self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
         self._taken = {name for node in graph.node for name in (*node.input, *node.output)}
         self._minus: dict[str, str] = {}  # x -> (-1), computed from its shape
         self._waiting: dict[tuple[str, tuple[int, ...]], str] = {}  # x, shape -> that shape
         self._eight: dict[str, tuple[str, str, str]] = {}  # x -> its codes, scale and zero point
+        self._rows: dict[str, tuple[str, str, str]] = {}  # x -> its codes; of rows: step, least
 
     # Weights
 
-    def channels(self, weight: Weight, *, step: bool) -> Codes:
-        """Store 8-bit codes: per row of an embedding; (inputs, outputs), per output, of a layer."""
+    def channels(self, weight: Weight, *, step: bool, pairs: bool = False) -> Codes:
+        """Store 8-bit codes: per row of an embedding; (inputs, outputs), per output, of a layer.
+
+        With `pairs` those of a layer take as much of the 8 bits as pairs of products allow.
+        """
         if weight.lookups:
             codes, scales = quantize_channels(weight.values, 0, EMBEDDING_LIMIT)
             names = self._array(codes), self._array(scales[:, None])
             return Codes(len(codes), codes.shape[1], False, *names)
         turned = weight.transposed
         values = np.ascontiguousarray(weight.values.T if turned else weight.values)
-        codes, scales = quantize_channels(values, 1, PRODUCT_LIMIT)
+        codes, scales = (
+            quantize_pairs(values) if pairs else quantize_channels(values, 1, PRODUCT_LIMIT)
+        )
         zeros = self._array(np.zeros(len(scales), np.int8)) if step else ""
         names = self._array(codes), self._array(scales[None] if step else scales)
         return Codes(len(codes), codes.shape[1], turned, *names, zeros=zeros)
@@ -142,6 +160,43 @@ class Writer:
         sums = self._node(at, "Cast", [sums], to=TensorProto.FLOAT)
         scale = self._node(at, "Mul", [scale, codes.scales])
         self._plus(node, "Mul", [sums, scale])
+
+    def by_row(self, node: onnx.NodeProto, codes: Codes) -> None:
+        """Multiply 8-bit codes of x, from the range of each row, by the weight's.
+
+        With x ≈ l + d · q for a row of least value l and step d, and W = s · c:
+
+            x·W = d · s · (q·c) + l · (s · Σ c down each column)
+        """
+        at = node.output[0]
+        x, step, least = self._as_rows(node.input[0])
+        matrix, scales = (
+            numpy_helper.to_array(self.constants[n]) for n in (codes.codes, codes.scales)
+        )
+        columns = (matrix.sum(axis=0, dtype=np.int64) * scales.astype(np.float64)).astype(FLOAT)
+        sums = self._node(at, "MatMulInteger", [x, codes.codes])
+        sums = self._node(at, "Cast", [sums], to=TensorProto.FLOAT)
+        sums = self._node(at, "Mul", [sums, codes.scales])
+        sums = self._node(at, "Mul", [sums, step])
+        self._plus(node, "Add", [sums, self._node(at, "Mul", [least, self._array(columns)])])
+
+    def _as_rows(self, x: str) -> tuple[str, str, str]:
+        """Return x's codes 0 … 255, and the step and the least value of its rows (…, 1)."""
+        if x not in self._rows:
+            least, most = (self._along_rows(x, op) for op in ("ReduceMin", "ReduceMax"))
+            step = self._node(x, "Sub", [most, least])
+            step = self._node(x, "Mul", [step, self._array(np.array(1 / LEVELS, FLOAT))])
+            step = self._node(x, "Max", [step, self._array(np.array(LEAST, FLOAT))])
+            part = self._node(x, "Sub", [x, least])
+            part = self._node(x, "Div", [part, step])
+            rounding = [self._array(np.array(1, FLOAT)), self._array(np.array(0, np.uint8))]
+            self._rows[x] = self._node(x, "QuantizeLinear", [part, *rounding]), step, least
+        return self._rows[x]
+
+    def _along_rows(self, x: str, op: str) -> str:
+        if self.opset < AXES_AS_INPUT:
+            return self._node(x, op, [x], axes=[-1], keepdims=1)
+        return self._node(x, op, [x, self._ints(-1)], keepdims=1)
 
     def nbits(self, node: onnx.NodeProto, codes: Codes) -> None:
         """Multiply x, in 8 bits per block, by 4-bit codes."""

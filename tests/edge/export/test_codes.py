@@ -11,6 +11,7 @@ from anabranch.edge.export.codes import (
     pack,
     quantize_blocks,
     quantize_channels,
+    quantize_pairs,
     unpack,
 )
 
@@ -142,3 +143,34 @@ def test_blocks_of_any_magnitude_are_coded_alike(factor: float) -> None:
     packed, scales = quantize_blocks(weights * np.float32(factor), 16)
     got = dequantize_blocks(packed, scales, 64) / np.float32(factor)
     assert np.abs(got - expected).max() < 1e-5
+
+
+def worst_pair(codes: np.ndarray) -> int:
+    """The largest sum of two neighbours' products with bytes 0 … 255, of either sign."""
+    padded = np.zeros((len(codes) + len(codes) % 2, codes.shape[1]), np.int64)
+    padded[: len(codes)] = codes
+    pairs = padded.reshape(-1, 2, codes.shape[1])
+    sums = [np.maximum(sign * pairs, 0).sum(axis=1) for sign in (1, -1)]
+    return 255 * int(np.maximum(*sums).max())
+
+
+@given(matrices)
+def test_pairs_of_products_fit_into_16_bits_and_codes_are_within_half_a_step(
+    array: np.ndarray,
+) -> None:
+    codes, scales = quantize_pairs(array)
+
+    assert codes.dtype == np.int8
+    assert worst_pair(codes) <= 255 * 128 < 2**15
+    error = np.abs(array.astype(np.float64) - codes.astype(np.float64) * scales)
+    assert (error <= scales * np.float64(0.50001)).all()
+    seven = quantize_channels(array, 1, 63)[1]
+    assert ((scales <= 1.01 * seven) | (seven < 1e-30)).all()  # never coarser than 7 bits
+
+
+def test_neighbours_of_one_sign_share_the_128_and_others_do_not() -> None:
+    weights = np.array([[1, 1, 1, 0], [1, -1, 0, 0], [0, 0, 0, 0]], np.float32)
+    codes, scales = quantize_pairs(weights)
+
+    assert codes.T.tolist() == [[64, 64, 0], [127, -127, 0], [127, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(scales, [2 / 127, 1 / 127, 1 / 127, 1], rtol=1e-6)
