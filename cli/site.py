@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anabranch.cli import site_agent, site_policy
 from anabranch.cli.output import Json, emit, table
 
 if TYPE_CHECKING:
     from anabranch.client.ledger_report import LedgerReport, Verified
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take part with your records.")
+for verb in (
+    site_agent.join,
+    site_agent.preflight,
+    site_agent.serve,
+    site_agent.status,
+    site_agent.leave,
+):
+    app.command()(verb)
+app.add_typer(site_policy.app, name="policy")
+app.add_typer(site_agent.log, name="log")
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""The long-lived process of a site: its identity, joining, preflight, and the work it is asked for."""
+"""A site's long-lived process: identity, joining, preflight, and the work it is asked for."""
