@@ -18,6 +18,7 @@ from anabranch.protocols import wire
 from anabranch.protocols.adapter import WHOLE, Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import AnabranchError, RunError
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Trained
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
@@ -32,6 +33,7 @@ class Assigner:
     rule: Rule[Any]
     config: RunConfig
     run: str
+    signed: Signed | None = None  # the proposal that sites approve
 
     def question(self, number: int, spec: AdapterSpec) -> Question[Trained]:
         """Return the question "train your part", put to nobody yet."""
@@ -88,4 +90,6 @@ class Assigner:
         return Part(ranks=part.ranks) if self.rule.truncates else WHOLE
 
     def _assignment(self, number: int, part: Part) -> Assignment:
-        return Assignment(run=self.run, round=number, config=self.config, part=part)
+        return Assignment(
+            run=self.run, round=number, config=self.config, part=part, signed=self.signed
+        )

@@ -35,6 +35,7 @@ from anabranch.protocols.messages import Trained
 from anabranch.server.aggregation.buffered import buffered
 from anabranch.server.aggregation.rule import Merged
 from anabranch.server.assigning import Assigner
+from anabranch.server.desk import Waiting
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Question
 
@@ -63,7 +64,7 @@ class Buffered:
         if not self._connected:
             exchange.connect(number)
             self._connected = True
-        exchange.roster.retry()
+        exchange.retry()
         asked = self._assigner.question(number, adapter.spec)
         self._open.append(asked)
         self._ask_idle(asked, adapter)
@@ -87,7 +88,16 @@ class Buffered:
                 return ready >= self._size
             return ready >= quorum or exchange.clock() >= started + exchange.connect_s
 
-        exchange.until(done, started + self._config.federation.deadline_s)
+        waiting = Waiting(
+            why=lambda: (
+                f"{self._size} deltas for round {told.round}, {len(self._ready())} are here"
+            ),
+            who=self._training,
+            then=f"the round is merged from those that are here, if they are {quorum} or more",
+            since=started,
+        )
+        exchange.until(done, started + self._config.federation.deadline_s, waiting)
+        exchange.over()
         chosen = self._ready()[: self._size]
         for name, source in chosen:
             self._count(told, name, source)
@@ -103,7 +113,7 @@ class Buffered:
     def _ask_idle(self, asked: Question[Trained], adapter: Adapter) -> None:
         """Send this round's adapter to sites that have nothing to do and have not had it."""
         exchange, federation = self._exchange, self._config.federation
-        exchange.roster.invite()
+        exchange.invite(exchange.clock() + federation.deadline_s)
         idle = {n: p for n, p in exchange.roster.available().items() if n not in asked.peers}
         if federation.cohort is not None and idle:
             free = max(0, federation.cohort - self._under_way())
@@ -127,6 +137,10 @@ class Buffered:
     def _under_way(self) -> int:
         """Return how many sites are training."""
         return sum(not source.heard(name) for source in self._open for name in source.peers)
+
+    def _training(self) -> list[str]:
+        """Return who is training, ascending."""
+        return sorted({n for one in self._open for n in one.peers if not one.heard(n)})
 
     def _unfinished(self, source: Question[Trained]) -> bool:
         return bool(source.deltas) or not all(source.heard(name) for name in source.peers)

@@ -2,11 +2,13 @@
 
     connect   wait until enough sites are there
     ask       send every site its content; the answers are taken into one `Question`
-    until     listen until something holds, or the deadline
+    until     listen until something holds, or the deadline; the desk is told of the wait
     miss      its time is over: a site that has not been heard has failed, with a reason
+    over      nothing is waited for any more
 
 Several questions may be open at a time. An answer belongs to the question of its kind and
-round; one that belongs to none is recorded as late and dropped. Time is an argument.
+round; one that belongs to none is recorded as late and dropped. A site that is struck off the
+roster is waited for no longer, and what it says is dropped. Time is an argument.
 """
 
 from __future__ import annotations
@@ -23,11 +25,16 @@ from anabranch.client.flower import DESCRIBE, Describe, pack_describe, payload_b
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import RunError
-from anabranch.server.flower import Failure, Letter, Mailbox, Peer, Question
+from anabranch.protocols.identity.proposal import Signed
+from anabranch.server.desk import ALONE, AskedState, Board, Desk, Waiting
+from anabranch.server.flower import Failure, Letter, Peer, Question
+from anabranch.server.mailbox import Mailbox, ttl_of
 from anabranch.server.result import SiteRow
-from anabranch.server.roster import Roster
+from anabranch.server.roster import ROSTER, Roster
 
 NEW = SiteRow()
+MOST_LINES = 10  # of sites, in the text of an error
+OFF = "its site is not, or no longer, on the coordinator's roster"
 
 
 class Events(Protocol):
@@ -51,15 +58,28 @@ class Exchange:
         sleep: Callable[[float], None] = time.sleep,
         poll_s: float = 0.02,
         connect_s: float = 60.0,
+        signed: Signed | None = None,
+        desk: Desk = ALONE,
+        retry_s: float = 5.0,
     ) -> None:
         self.config, self.event, self.clock = config, event, clock
         self.connect_s = connect_s
         self.sites: dict[str, SiteRow] = {}
-        self._sleep, self._poll_s = sleep, poll_s
-        self._mail = Mailbox(grid, deadline_s=config.federation.deadline_s)
-        self.roster = Roster(self._mail, pack_describe(Describe(run=run, config=config)))
+        self._sleep, self._poll_s, self._desk = sleep, poll_s, desk
+        deadline_s = config.federation.deadline_s
+        self._mail = Mailbox(grid, deadline_s=deadline_s, run=run, desk=desk, clock=clock)
+        self.roster = Roster(
+            self._mail,
+            pack_describe(Describe(run=run, config=config, signed=signed)),
+            names=desk.names,
+            clock=clock,
+            retry_s=retry_s,
+            ttl_s=ttl_of(max(connect_s, deadline_s)),
+        )
         self._open: list[Question[Any]] = []
         self._ordered = 0  # sites, when they were put in order
+        self._board = Board(desk, clock)
+        self._refused: dict[int, Failure] = {}  # what the events say of each node
 
     def connect(self, number: int) -> Mapping[str, Peer]:
         """Return the sites that have nothing left to answer, once there are enough of them.
@@ -70,13 +90,22 @@ class Exchange:
         need = federation.quorum
         if number == 1:  # later, a site that is gone must not cost every round `connect_s`
             need = max(need, federation.cohort or 0)
-        self.roster.retry()
+        self.retry()
+        started = self.clock()
 
         def enough() -> bool:
-            self.roster.invite()
+            self.invite(started + self.connect_s)
             return self.roster.settled() and len(self.roster.available()) >= need
 
-        self.until(enough, self.clock() + self.connect_s)
+        then = f"round {number} begins with those that are there, if they are {federation.quorum}"
+        waiting = Waiting(
+            why=lambda: self._why_connecting(f"{need} sites for round {number}"),
+            who=self.missing,
+            then=f"{then} or more; else the run fails",
+            since=started,
+        )
+        self.until(enough, started + self.connect_s, waiting)
+        self.over()
         self.roster.give_up()
         peers = self.roster.available()
         if len(peers) < federation.quorum:
@@ -87,7 +116,8 @@ class Exchange:
         """Send each of these sites its content; `listen` takes their answers in."""
         if question not in self._open:
             self._open.append(question)
-        letters = []
+        letters, now = [], self.clock()
+        until = now + self.config.federation.deadline_s
         sizes: dict[int, int] = {}
         for name, content in contents.items():
             size = sizes.get(id(content))
@@ -99,27 +129,51 @@ class Exchange:
                 row, bytes_down=row.bytes_down + size, max_rank=peer.max_rank
             )
             letters.append((Letter(question.kind, question.round, peer.node, name), content))
-        self._mail.send(letters)
+            self._board.asked(name, question.kind, question.round, now, until)
+        self._mail.send(letters, until=until)
+
+    def retry(self) -> None:
+        """Let nodes that were refused, and sites that were started anew, be asked again."""
+        self.roster.retry(self._boots())
+
+    def invite(self, until: float) -> None:
+        """Ask nodes that are new, or may have changed, who they are."""
+        invited = self.roster.invite()
+        for node, failure in invited.refused:
+            self._meet(node, failure)
+        names = self._desk.names
+        for node in invited.asked if names is not None else ():
+            name = None if names is None else names(node)
+            if name is not None:
+                self._board.asked(name, DESCRIBE, 0, self.clock(), until)
 
     def close(self, question: Question[Any]) -> None:
         """Take nothing more in for this question."""
         if question in self._open:
             self._open.remove(question)
+        if not self._open:
+            self.over()
 
     def miss(self, question: Question[Any], site: str) -> None:
         """Its time is over: unless it has been heard, whatever the site still says is late."""
         if not question.heard(site):
             limit = self.config.federation.deadline_s
-            self._fail(question, site, Failure("deadline", f"no answer within {limit:g} s"))
+            failure = Failure("deadline", f"no answer within {limit:g} s")
+            self._fail(question, site, failure, "late")
 
-    def until(self, done: Callable[[], bool], deadline: float) -> None:
+    def until(self, done: Callable[[], bool], deadline: float, waiting: Waiting) -> None:
         """Listen until `done()` or the deadline; what has arrived by then is heard."""
         while True:
             self._listen()
             left = deadline - self.clock()
             if done() or left <= 0:
                 return
+            self._board.wait(waiting, deadline)
             self._sleep(min(self._poll_s, left))
+
+    def over(self) -> None:
+        """Say that nothing is waited for any more."""
+        self._board.over()
 
     def count(self, site: str, **counts: float) -> None:
         """Add to a site's row."""
@@ -136,8 +190,11 @@ class Exchange:
         for letter, answer in self._mail.receive():
             site = letter.site
             if letter.kind == DESCRIBE:
-                self._meet(letter.node, self.roster.hear(letter.node, answer))
+                met = self.roster.hear(letter.node, answer, self._boots())
+                self._meet(letter.node, met)
                 continue
+            if not self.roster.listed(letter.node, site):
+                answer = Failure(ROSTER, OFF)
             size = 0 if isinstance(answer, Failure) else payload_bytes(answer)
             self.count(site, bytes_up=size)
             question = next((one for one in self._open if one.expects(letter)), None)
@@ -147,6 +204,28 @@ class Exchange:
                 continue
             question.bytes_up += size
             self._take(question, site, question.read(answer, question.peers[site]))
+        for letter, content, why in self._mail.again():
+            self._sent_again(letter, content, why)
+        if self._desk.names is not None:
+            self._strike()
+
+    def _strike(self) -> None:
+        """Wait no longer for sites that are not on the roster any more."""
+        for question in self._open:
+            for name, peer in question.peers.items():
+                if not question.heard(name) and not self.roster.listed(peer.node, name):
+                    self._fail(question, name, Failure(ROSTER, OFF))
+
+    def _sent_again(self, letter: Letter, content: RecordDict, why: str) -> None:
+        names = self._desk.names
+        site = letter.site or (names(letter.node) if names else None) or f"node {letter.node}"
+        size = payload_bytes(content)
+        if letter.site:
+            self.count(site, bytes_down=size)
+        for question in self._open:
+            if question.expects(letter):
+                question.bytes_down += size
+        self.event("site_asked_again", site=site, round=letter.round, asked=letter.kind, reason=why)
 
     def _take(
         self, question: Question[Any], site: str, got: tuple[Any, Delta | None] | Failure
@@ -161,10 +240,18 @@ class Exchange:
             question.deltas[site] = delta
             facts["norm"] = question.norms[site] = delta.norm()
         self.event("site_trained" if question.kind == "train" else "site_evaluated", **facts)
+        self._board.state(site, "answered")
 
-    def _fail(self, question: Question[Any], site: str, failure: Failure) -> None:
+    def _fail(
+        self,
+        question: Question[Any],
+        site: str,
+        failure: Failure,
+        state: AskedState = "failed",
+    ) -> None:
         question.failed[site] = failure
         self.count(site, failures=1)
+        self._board.state(site, state, failure.message)
         self.event(
             "site_failed",
             site=site,
@@ -176,8 +263,13 @@ class Exchange:
 
     def _meet(self, node: int, met: Peer | Failure) -> None:
         if isinstance(met, Failure):
-            self.event("node_refused", node=node, reason=met.reason, message=met.message)
+            self._board.state(met.site, "failed", met.message)
+            if self._refused.get(node) != met:  # else: asked again, and nothing has changed
+                self._refused[node] = met
+                self.event("node_refused", node=node, reason=met.reason, message=met.message)
             return
+        self._refused.pop(node, None)
+        self._board.state(met.name, "answered")
         self.event(
             "site_joined",
             site=met.name,
@@ -185,6 +277,23 @@ class Exchange:
             held_out=met.held_out,
             max_rank=met.max_rank,
         )
+
+    def _boots(self) -> dict[str, str] | None:
+        """Return name -> the process that each site reports, if sites report."""
+        holds = self._desk.holds
+        return None if holds is None else {n: one.report.boot for n, one in holds().items()}
+
+    def missing(self) -> list[str]:
+        """Return who may come and is not available, ascending."""
+        known = set(self.roster.refused()) | set(self._desk.sites() if self._desk.sites else ())
+        return sorted(known - self.roster.available().keys())
+
+    def _why_connecting(self, what: str) -> str:
+        here, owners = len(self.roster.available()), self.roster.waiting()
+        asked = f"; {', '.join(owners)}: the owner is to approve the run" if owners else ""
+        return f"{what}, {here} are there{asked}"
+
+    # What errors say
 
     def too_few(self, number: int, peers: Mapping[str, Peer]) -> str:
         """Return what to say when too few sites are connected."""
@@ -205,8 +314,14 @@ class Exchange:
 
 
 def _listed(names: Mapping[str, object]) -> str:
-    return f" ({', '.join(sorted(names))})" if names else ""
+    return f" ({', '.join(_first(sorted(names)))})" if names else ""
 
 
 def _lines(lines: list[str]) -> str:
-    return "".join(f"\n  {line}" for line in sorted(lines))
+    return "".join(f"\n  {line}" for line in _first(sorted(lines)))
+
+
+def _first(lines: list[str]) -> list[str]:
+    """Return as many as one reads, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more"]

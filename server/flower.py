@@ -1,29 +1,21 @@
-"""Flower under the round engine: letters to sites, and answers checked on arrival.
-
-Only `get_node_ids`, `push_messages` and `pull_messages` of a Grid are used. They never wait, so
-that every wait is the engine's own, with a deadline. (`sample_nodes` waits for ever,
-`send_and_receive` cannot be left before its time.)
-
-A reply is matched by the id of the message it answers, never by its source: error replies
-("node unavailable", "app crashed") carry the coordinator's own node id.
-"""
+"""What sites are asked, and their answers, checked on arrival; mailbox.py carries both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from flwr.app import DEFAULT_TTL, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import RecordDict
 
 from anabranch.client.flower import unpack_described, unpack_evaluated, unpack_trained
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import IncompatibleAdapter, MalformedMessage, ProtocolError
+from anabranch.protocols.identity.join import plain
 from anabranch.protocols.messages import Evaluated, Refused, Trained
 from anabranch.protocols.part import Part
-from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.spec import AdapterSpec, shown
 from anabranch.protocols.tables import Uplink
 
 R = TypeVar("R", Trained, Evaluated)
@@ -62,7 +54,8 @@ class Failure:
 
     `reason` is a word of protocols.messages.Reason (the site refused), or "deadline" (no answer
     in time), "flower" (Flower answered in its stead), "rejected" (its answer breaks a rule),
-    "surplus" (the round had its deltas before; federation.over_selection).
+    "surplus" (the round had its deltas before; federation.over_selection), "roster" (its node is
+    not, or no longer, on the coordinator's roster under its name).
     """
 
     reason: str
@@ -105,71 +98,6 @@ class Question(Generic[R]):
     def heard(self, site: str) -> bool:
         """Whether a site has answered, one way or another."""
         return site in self.reports or site in self.failed
-
-
-class Mailbox:
-    """Open letters, and the replies to them."""
-
-    def __init__(self, grid: Grid, *, deadline_s: float) -> None:
-        self._grid = grid
-        self._ttl = max(float(DEFAULT_TTL), 2 * deadline_s)  # a late reply can still be fetched
-        self._open: dict[str, Letter] = {}
-        self._waiting: dict[int, int] = {}  # node -> open letters, where there are any
-        self._ids: Sequence[int] | None = None  # what the grid said last of the nodes
-        self._nodes: frozenset[int] = frozenset()
-        self._undelivered: list[tuple[Letter, RecordDict | Failure]] = []
-
-    def nodes(self) -> frozenset[int]:
-        """Return the ids of the nodes that are connected now; the same object while they are."""
-        ids = self._grid.get_node_ids()
-        own = ids if isinstance(ids, range) else list(ids)
-        if own != self._ids:
-            self._ids, self._nodes = own, frozenset(own)
-        return self._nodes
-
-    def busy(self) -> Set[int]:
-        """Return the nodes that have not answered a letter yet."""
-        return self._waiting.keys()
-
-    def send(self, letters: Sequence[tuple[Letter, RecordDict]]) -> None:
-        """Push the letters; one that Flower does not take comes back as a Failure."""
-        pushed = [
-            Message(content, letter.node, letter.kind, ttl=self._ttl, group_id=str(letter.round))
-            for letter, content in letters
-        ]
-        taken = set(self._grid.push_messages(pushed)) if pushed else set()
-        for (letter, _), message in zip(letters, pushed, strict=True):
-            if message.metadata.message_id in taken:
-                self._open[message.metadata.message_id] = letter
-                self._waiting[letter.node] = self._waiting.get(letter.node, 0) + 1
-            else:
-                failure = Failure("flower", "the message could not be handed to the node")
-                self._undelivered.append((letter, failure))
-
-    def receive(self) -> list[tuple[Letter, RecordDict | Failure]]:
-        """Return the answers that are there; each letter is answered once."""
-        arrived, self._undelivered = self._undelivered, []
-        replies = self._grid.pull_messages(list(self._open)) if self._open else ()
-        for reply in replies:
-            letter = self._open.pop(reply.metadata.reply_to_message_id, None)
-            if letter is not None:  # else: an answer to nothing that is still open
-                self._answered(letter.node)
-                arrived.append((letter, _outcome(letter, reply)))
-        return arrived
-
-    def _answered(self, node: int) -> None:
-        left = self._waiting.pop(node) - 1
-        if left:
-            self._waiting[node] = left
-
-
-def _outcome(letter: Letter, reply: Message) -> RecordDict | Failure:
-    if reply.has_error():
-        code = reply.error.code
-        return Failure("flower", f"Flower error {code}: {FLOWER_ERRORS.get(code, 'unknown code')}")
-    if reply.metadata.src_node_id != letter.node:
-        return Failure("rejected", "the answer comes from another node")
-    return reply.content
 
 
 def read_described(answer: RecordDict | Failure, node: int) -> Peer | Failure:
@@ -235,14 +163,14 @@ def read_evaluated(answer: RecordDict | Failure, peer: Peer) -> tuple[Evaluated,
         _require_count(got.num_examples, peer.held_out, "held-out")
         for name, value in got.metrics.items():
             if not math.isfinite(value):
-                raise MalformedMessage(f"metric {name!r}: expected a finite number, got {value}")
+                raise MalformedMessage(f"metric {shown(name)}: {value} is not finite")
     except ProtocolError as error:
         return Failure("rejected", str(error))
     return got, None
 
 
 def _refusal(refused: Refused) -> Failure:
-    return Failure(refused.reason, refused.message[:MAX_TEXT], refused.site[:64])
+    return Failure(refused.reason, plain(refused.message, MAX_TEXT), plain(refused.site, 64))
 
 
 def _require_name(name: str, peer: Peer) -> None:

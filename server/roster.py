@@ -2,16 +2,38 @@
 
 A node's id is random and changes when it is started anew, so nothing may depend on it: every
 node is asked once who it is, and from then on names count.
+
+With a roster of the coordinator's (`names`: node -> name) a node is the site that its key says: one
+that is not on it is asked nothing, and one that calls itself otherwise is refused. Refusals that
+pass by themselves are asked again every `retry_s`: a site whose owner is to approve the run, and a
+node that may be put on the roster any moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from flwr.app import RecordDict
 
 from anabranch.client.flower import DESCRIBE
-from anabranch.server.flower import Failure, Letter, Mailbox, Peer, read_described
+from anabranch.server.flower import Failure, Letter, Peer, read_described
+from anabranch.server.mailbox import Mailbox
+
+ROSTER = "roster"  # the reason of a node that is not on the roster under its name
+STRANGER = Failure(ROSTER, "this node is not on the coordinator's roster: revoked, or not taken in")
+WAITS = re.compile(r"\bwait(s|ing) for\b")  # the words of client/policy/rules.py
+CLOSED = re.compile(r"\boutside the hours\b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invited:
+    """What came of looking for new nodes."""
+
+    asked: tuple[int, ...] = ()
+    refused: tuple[tuple[int, Failure], ...] = ()  # without being asked
 
 
 class Roster:
@@ -20,9 +42,21 @@ class Roster:
     What is asked again and again is found out anew only when something has changed.
     """
 
-    def __init__(self, mailbox: Mailbox, describe: RecordDict) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        describe: RecordDict,
+        *,
+        names: Callable[[int], str | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        retry_s: float = 5.0,
+        ttl_s: float | None = None,
+    ) -> None:
         self._mail = mailbox
-        self._describe = describe
+        self._describe, self._ttl_s = describe, ttl_s
+        self._name_of, self._clock, self._retry_s = names, clock, retry_s
+        self._retried = clock()  # when those that may pass were asked again
+        self._boots: dict[int, str] = {}  # of a node's process when it said who it is
         self._asked: set[int] = set()
         self._silent: set[int] = set()  # nodes that were waited for in vain
         self._peers: dict[int, Peer] = {}
@@ -34,23 +68,54 @@ class Roster:
         self._all_known: frozenset[int] | None = None
         self._single: tuple[frozenset[int], dict[str, Peer]] | None = None
 
-    def retry(self) -> None:
-        """Forget refusals: a site may have been put right since."""
+    def retry(self, boots: Mapping[str, str] | None = None) -> None:
+        """Forget refusals: a site may have been put right since.
+
+        Sites that were started anew since they were asked are asked again who they are; `boots`:
+        name -> its process.
+        """
+        for node, boot in list(self._boots.items()):
+            if boots is not None and boots.get(self._peers[node].name, boot) != boot:
+                del self._peers[node], self._boots[node]
+                self._asked.discard(node)
+                self._names = self._single = self._all_asked = self._all_known = None
+        self._retried = self._clock()
         if self._failures:
             self._asked -= self._failures.keys()
             self._failures.clear()
             self._changed = True
             self._all_asked = self._all_known = None
 
-    def invite(self) -> None:
-        """Ask every node that was not asked yet who it is."""
+    def invite(self) -> Invited:
+        """Ask every node that was not asked yet who it is, and those that may have changed."""
         nodes = self._mail.nodes()
+        self._reconsider(nodes)
         if nodes is self._all_asked:
-            return
+            return Invited()
         new = sorted(nodes - self._asked)
         self._asked |= set(new)
-        self._mail.send([(Letter(DESCRIBE, 0, node, ""), self._describe) for node in new])
         self._all_asked, self._all_known, self._changed = nodes, None, True
+        strangers = [node for node in new if self._stranger(node)]
+        refused = tuple((n, STRANGER) for n in strangers if self._failures.get(n) != STRANGER)
+        self._failures.update(dict.fromkeys(strangers, STRANGER))
+        asked = tuple(node for node in new if node not in strangers)
+        letters = [(Letter(DESCRIBE, 0, node, ""), self._describe) for node in asked]
+        self._mail.send(letters, ttl_s=self._ttl_s)
+        return Invited(asked=asked, refused=refused)
+
+    def _reconsider(self, nodes: frozenset[int]) -> None:
+        """Let those be asked again whose refusal may have passed, every `retry_s`."""
+        now = self._clock()
+        if not self._failures or now < self._retried + self._retry_s:
+            return
+        self._retried = now
+        passing = {node for node, one in self._failures.items() if node in nodes and passes(one)}
+        if passing - self._mail.busy():
+            self._asked -= passing - self._mail.busy()
+            self._all_asked = None
+
+    def _stranger(self, node: int) -> bool:
+        return self._name_of is not None and self._name_of(node) is None
 
     def settled(self) -> bool:
         """Whether no connected node is still to be waited for."""
@@ -68,15 +133,55 @@ class Roster:
             self._silent = self._asked - self._peers.keys() - self._failures.keys()
             self._changed = False
 
-    def hear(self, node: int, answer: RecordDict | Failure) -> Peer | Failure:
+    def hear(
+        self, node: int, answer: RecordDict | Failure, boots: Mapping[str, str] | None = None
+    ) -> Peer | Failure:
         """Take a node's answer to an invitation."""
-        described, self._changed = read_described(answer, node), True
+        described, self._changed = self._checked(node, read_described(answer, node)), True
         if isinstance(described, Failure):
             self._failures[node] = described
         else:
+            self._failures.pop(node, None)
             self._peers[node], self._names = described, None
             self._single = None
+            if boots is not None and described.name in boots:
+                self._boots[node] = boots[described.name]
         return described
+
+    def _checked(self, node: int, described: Peer | Failure) -> Peer | Failure:
+        """Return what a node says of itself, if it is the roster's site."""
+        if self._name_of is None:
+            return described
+        name = self._name_of(node)
+        if name is None:
+            return STRANGER
+        if isinstance(described, Failure):
+            return replace(described, site=name)
+        if described.name != name:
+            said = (
+                f"it calls itself {described.name[:64]!r}, and its key is that of {name!r}: a site "
+                "keeps the name that it was invited with"
+            )
+            return Failure(ROSTER, said, name)
+        return described
+
+    def listed(self, node: int, name: str) -> bool:
+        """Whether this node may speak for this site now."""
+        return self._name_of is None or self._name_of(node) == name
+
+    def refused(self) -> list[str]:
+        """Return the names of connected sites that cannot take part, where they are known."""
+        nodes = self._mail.nodes()
+        return [one.site for node, one in self._failures.items() if node in nodes and one.site]
+
+    def waiting(self) -> list[str]:
+        """Return the connected sites whose owner is to approve the run, ascending."""
+        nodes = self._mail.nodes()
+        return sorted(
+            failure.site or f"node {node}"
+            for node, failure in self._failures.items()
+            if node in nodes and awaits_approval(failure)
+        )
 
     def available(self) -> Mapping[str, Peer]:
         """Return name -> site of those that are connected and have nothing left to answer.
@@ -89,6 +194,8 @@ class Roster:
             online = self._online().items()
             self._single = nodes, {name: one[0] for name, one in online if len(one) == 1}
         single = self._single[1]
+        if self._name_of is not None:
+            single = {name: peer for name, peer in single.items() if self.listed(peer.node, name)}
         if not busy:
             return single
         return {name: peer for name, peer in single.items() if peer.node not in busy}
@@ -121,3 +228,14 @@ class Roster:
             for name, peers in self._names.items()
         )
         return {name: peers for name, peers in here if peers}
+
+
+def passes(failure: Failure) -> bool:
+    """Whether a refusal may pass without anybody starting the site anew."""
+    closed = failure.reason == "policy" and CLOSED.search(failure.message) is not None
+    return failure == STRANGER or closed or awaits_approval(failure)
+
+
+def awaits_approval(failure: Failure) -> bool:
+    """Whether a site refused because its owner has not decided yet."""
+    return failure.reason == "policy" and WAITS.search(failure.message) is not None

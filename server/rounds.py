@@ -32,6 +32,7 @@ from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, IncompatibleAdapter, RunError
+from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Evaluated
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.aggregation.private import ClientPrivate, require_planned
@@ -40,6 +41,7 @@ from anabranch.server.assigning import Assigner
 from anabranch.server.buffered_rounds import Buffered
 from anabranch.server.change import update_norm
 from anabranch.server.client_privacy import PoissonCohorts, epsilon_after, plan_of, published
+from anabranch.server.desk import ALONE, Desk, Waiting, answers
 from anabranch.server.exchange import Events, Exchange
 from anabranch.server.flower import Peer, Question, read_evaluated
 from anabranch.server.progress import Progress
@@ -51,7 +53,8 @@ class RoundEngine:
     """Runs `config.federation` over `grid`; see the module's docstring.
 
     `progress` is handed what has been done after every merge, and again after its evaluation
-    (server/progress.py); `run` goes on from there in another process.
+    (server/progress.py); `run` goes on from there in another process. `signed` goes with every
+    message; `desk` is what the coordinator knows of its sites beside (server/desk.py).
 
     With [client_privacy], `randomness` draws cohorts and noise: leave it out but for tests, and
     a new key comes from the operating system. Raises ConfigError for tables that need what is
@@ -74,6 +77,9 @@ class RoundEngine:
         sleep: Callable[[float], None] = time.sleep,
         poll_s: float = 0.02,
         connect_s: float = 60.0,
+        signed: Signed | None = None,
+        desk: Desk = ALONE,
+        retry_s: float = 5.0,
     ) -> None:
         federation = config.federation
         # A private run releases no metrics of its records, so its clients are not asked.
@@ -107,8 +113,11 @@ class RoundEngine:
             sleep=sleep,
             poll_s=poll_s,
             connect_s=connect_s,
+            signed=signed,
+            desk=desk,
+            retry_s=retry_s,
         )
-        self._assigner = Assigner(rule=self._rule, config=config, run=run)
+        self._assigner = Assigner(rule=self._rule, config=config, run=run, signed=signed)
         self._sites: Synchronous | Buffered = (
             Synchronous(self._exchange, self._assigner, cohorts)
             if federation.buffer is None
@@ -192,13 +201,21 @@ class RoundEngine:
 
     def _meet(self) -> None:
         """Learn who is connected: a new process asks sites to evaluate before any has trained."""
-        exchange, roster = self._exchange, self._exchange.roster
+        exchange, started = self._exchange, self._clock()
+        deadline = started + exchange.connect_s
 
         def settled() -> bool:
-            roster.invite()
-            return roster.settled()
+            exchange.invite(deadline)
+            return exchange.roster.settled()
 
-        exchange.until(settled, self._clock() + exchange.connect_s)
+        waiting = Waiting(
+            why=lambda: "sites say who they are, after a restart",
+            who=exchange.missing,
+            then="those that are there evaluate",
+            since=started,
+        )
+        exchange.until(settled, deadline, waiting)
+        exchange.over()
 
     def _over(self, now: Progress) -> bool:
         """Whether no round is left, or patience is at its end."""
@@ -322,8 +339,10 @@ class RoundEngine:
         if peers:
             content = self._assigner.evaluation(number, adapter)
             exchange.ask(question, dict.fromkeys(peers, content))
-            deadline = self._clock() + self._config.federation.deadline_s
-            exchange.until(lambda: all(question.heard(name) for name in peers), deadline)
+            started = self._clock()
+            waiting = answers(question, started, "the run goes on with the metrics that are here")
+            deadline = started + self._config.federation.deadline_s
+            exchange.until(lambda: all(map(question.heard, peers)), deadline, waiting)
         for name in peers:
             exchange.miss(question, name)
         exchange.close(question)

@@ -164,9 +164,14 @@ class SuperLink:
 
     def unregister(self, node: int) -> None:
         """Remove a node; one that is not there is no error."""
-        if node in self.nodes():
-            with self._control() as control:
-                _call(control.UnregisterNode, UnregisterNodeRequest(node_id=node))
+        with self._control() as control:
+            try:
+                control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != 404:
+                    raise _gone(error) from None
+            except httpx.HTTPError as error:
+                raise _gone(error) from None
 
     def nodes(self) -> dict[int, bytes]:
         """Return the registered nodes: id -> public key (PEM)."""

@@ -29,6 +29,7 @@ from anabranch.protocols.messages import Trained
 from anabranch.server.aggregation.rule import Merged
 from anabranch.server.assigning import Assigner
 from anabranch.server.client_privacy import PoissonCohorts
+from anabranch.server.desk import answers
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Failure, Peer, Question
 from anabranch.server.selection import Latencies, asked_for, draw, draw_tier, tiers
@@ -146,7 +147,10 @@ class Synchronous:
             self._measure(question, question.reports, started)
             return done()
 
-        self._exchange.until(look, deadline)
+        quorum = self._config.federation.quorum
+        kept = "" if self._private is not None else f", if they are {quorum} or more"
+        then = f"the round is merged from those that answered{kept}"
+        self._exchange.until(look, deadline, answers(question, started, then))
 
     def _measure(self, question: Question[Trained], sites: Iterable[str], started: float) -> None:
         """Take the time of these sites' answers, each once in a round."""

@@ -27,6 +27,7 @@ from flwr.app import Context, Message, RecordDict
 
 from anabranch.client.agent.door import Door, renew_if_needed
 from anabranch.client.agent.identity import Identity
+from anabranch.client.agent.preflight import preflight
 from anabranch.client.agent.status import agent_state, write_state
 from anabranch.client.agent.work import Doing, Told
 from anabranch.client.fleet import BEAT_S, Announced, Fleet, Over, Refused, Unreachable
@@ -36,12 +37,13 @@ from anabranch.client.policy.guard import GuardedSite
 from anabranch.client.policy.policy_file import read_policy
 from anabranch.client.site import Site
 from anabranch.protocols import messages
-from anabranch.protocols.errors import AnabranchError, PolicyError, ProtocolError, RunError
+from anabranch.protocols.errors import AnabranchError, PolicyError, RunError
 from anabranch.storage.audit_log import AuditLog
 from anabranch.storage.files import locked, sweep, write_atomic
 
 REPORT_S = 2.0  # between two reports, at most; a change is told at once
 BUSY_S, IDLE_S = 0.1, 1.0  # between two looks for a message: just after work, and later
+QUIET_S = 3.0  # without a message, before the preflight is made
 PAUSE_S = 15.0  # between two attempts, at most
 SKEW_S = 60.0  # a clock that is further off is named as the reason
 NODE = "identity/node"  # Flower's id of this site's node
@@ -73,6 +75,7 @@ class Agent:
         self._link = "not connected yet"  # why the coordinator is not reached; "": it is
         self._fleet: Fleet | None = None
         self._pause = 0.0
+        self._checked = False  # whether the preflight has been made
         self._refused = ""  # the last message that was refused unread: why
 
     def serve(self) -> None:
@@ -113,10 +116,23 @@ class Agent:
                 if self.identity.certificate() != certificate:
                     return  # renewed: the next connection shows the new one
                 waited = time.monotonic() - quiet
+                if waited > QUIET_S and not self._checked:
+                    self._preflight()
                 self.stop.wait(min(IDLE_S, BUSY_S + waited / 10))
         finally:
             self._fleet = None
             fleet.close()
+
+    def _preflight(self) -> None:
+        """Check the site while there is nothing else to do, and tell the coordinator."""
+        self._checked = True
+        found = preflight(self.folder, clock=self.clock)
+        self.doing.set(
+            ready=found.ready, checks=found.told, seconds_per_round=found.seconds_per_round
+        )
+        for check in found.checks:
+            if not check.ok:
+                log.warning("preflight: %s: %s", check.name, check.sentence)
 
     def _connect(self, fleet: Fleet) -> None:
         file = self.folder / NODE
@@ -218,7 +234,7 @@ class Agent:
                 if fleet is not None and time.monotonic() - beaten >= BEAT_S:
                     fleet.beat()
                     beaten = time.monotonic()
-            except (RunError, ProtocolError) as error:
+            except AnabranchError as error:
                 why = why or str(error)
                 if door is not None:
                     door.close()

@@ -15,7 +15,7 @@ from anabranch.client.flower import SiteLike
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PolicyError
-from anabranch.protocols.identity.join import Activity, Report
+from anabranch.protocols.identity.join import Activity, Report, plain
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 
@@ -47,7 +47,7 @@ class Doing:
             if about.get("reason", now.reason) != now.reason:
                 self.changed.set()
             if "reason" in about:
-                about["reason"] = about["reason"][:500]
+                about["reason"] = plain(about["reason"])
             self.report = msgspec.structs.replace(now, **about)
 
     def watch(self, activity: Activity, step: int, steps: int) -> None:

@@ -176,8 +176,8 @@ def test_more_noise_costs_less_and_more_of_anything_else_more(
     epsilon = epsilon_of([spend(sigma, rate, steps)], delta)
 
     assert epsilon_of([spend(sigma * factor, rate, steps)], delta) <= epsilon
-    # Near q = 1 the bound for samples lies a little above what the whole set costs exactly.
-    assert epsilon_of([spend(sigma, min(1.0, rate * factor), steps)], delta) >= 0.99 * epsilon
+    if rate * factor <= 0.9:  # nearer to 1 the bound for samples lies above what all records cost
+        assert epsilon_of([spend(sigma, rate * factor, steps)], delta) >= epsilon
     assert epsilon_of([spend(sigma, rate, 1 + int(steps * factor))], delta) >= epsilon
     assert epsilon_of([spend(sigma, rate, steps)], min(delta * factor, 0.5)) <= epsilon
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
@@ -397,6 +398,13 @@ def test_the_page_is_plain_on_this_machine_and_tls_elsewhere(tmp_path: Path) -> 
 # -- the process -----------------------------------------------------------------------------------
 
 
+def listening(port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    return False
+
+
 def test_the_process_serves_and_ends_when_its_supervisor_is_gone(tmp_path: Path) -> None:
     federation = make(tmp_path / "heart")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -408,9 +416,10 @@ def test_the_process_serves_and_ends_when_its_supervisor_is_gone(tmp_path: Path)
         [sys.executable, "-m", module, str(federation.folder)], stdin=subprocess.PIPE
     )
     try:
-        transport = httpx.HTTPTransport(retries=8)  # 0, 0.5, 1, 2 … s apart
-        with httpx.Client(transport=transport, timeout=30) as client:
-            assert client.get(f"http://127.0.0.1:{port}/healthz").text == "ok\n"
+        while not listening(port):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"it ended with {process.wait(timeout=0.05)}")
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=30).text == "ok\n"
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=30) == 1

@@ -139,7 +139,7 @@ def test_a_crash_in_training_leaves_its_reserve_spent(tmp_path: Path) -> None:
 
 
 def test_who_is_asked_twice_spends_twice_and_is_refused_in_the_last_round(tmp_path: Path) -> None:
-    """Known: a site keeps no answer to give again, so a round that is asked twice costs twice."""
+    """Known: a simulated client, unlike a site, keeps no answer: asked twice, it spends twice."""
     assert spent(tmp_path, Duplicate(client=0, round=1, of="request")) == (3, ["privacy"])
 
 
@@ -183,7 +183,7 @@ def test_clients_that_keep_nothing_answer_the_same_again(
 
 
 def test_clients_that_keep_a_part_go_on_from_their_first_answer(tmp_path: Path) -> None:
-    """Known: what they keep is that of the last answer, whether it was merged or not."""
+    """Known: simulated clients, unlike sites, keep what the last answer left, merged or not."""
     assert trained_again(tmp_path, "fedsa", "before-checkpoint")
     (tmp_path / "again").mkdir()
     assert not trained_again(tmp_path / "again", "fedsa", "merging")

@@ -5,6 +5,7 @@ import { ABSENT, day, h, length, number, patch, size, tick, time } from "./words
 
 const SILENCE_MS = 40_000; // a server says something every 15 s
 const AGAIN_MS = 3_000;
+const UNSEEN_MS = 60_000;
 
 let view = null, ahead = 0, lost = null, source = null, heard = Date.now();
 const now = () => Date.now() / 1000 + ahead;
@@ -248,6 +249,7 @@ function fail(since) {
 
 function connect() {
   source?.close();
+  heard = Date.now();
   source = new EventSource("/events");
   const live = (event) => {
     heard = Date.now();
@@ -271,14 +273,23 @@ function connect() {
   });
   source.onerror = () => {
     fail(Date.now());
-    if (source.readyState === EventSource.CLOSED) setTimeout(connect, AGAIN_MS);
+    if (source.readyState === EventSource.CLOSED && !document.hidden) setTimeout(connect, AGAIN_MS);
   };
 }
 
+// A tab that nobody looks at gives its line back after a while: a browser has six for a server.
+let unseen = null;
+
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(unseen);
+  if (document.hidden) unseen = setTimeout(() => source.close(), UNSEEN_MS);
+  else if (source.readyState === EventSource.CLOSED) connect();
+});
+
 setInterval(() => {
+  if (document.hidden) return;
   if (Date.now() - heard > SILENCE_MS) {
     fail(heard);
-    heard = Date.now();
     connect();
   }
   second();
