@@ -62,22 +62,21 @@ def send(
     rng: np.random.Generator,
     folder: Path,
     run: str,
-) -> bytes:
-    """Return the frame to upload, and keep what its codec left out in the site's `folder`.
+) -> tuple[bytes, dict[str, bytes]]:
+    """Return the frame to upload, and the files that change with it: path in `folder` -> bytes.
 
     `received` is the adapter as it came from the coordinator, before training. Without
-    error_feedback nothing is read or written. With it, the memory of `run` is on disk before
-    this returns; it is meant to be called once per round. Raises ModelError for a memory that
-    cannot be read or belongs to another adapter, and what wire.encode raises; the memory is
-    then as it was.
+    error_feedback nothing is read, and no file changes. With it, the memory of `run` in the
+    site's `folder` is read, and its successor returned: whoever sends the frame writes it, once.
+    Raises ModelError for a memory that cannot be read or belongs to another adapter, and what
+    wire.encode raises.
     """
     if not uplink.error_feedback:
-        return wire.encode(delta, codec=uplink.codec, keep=uplink.keep, rng=rng)
+        return wire.encode(delta, codec=uplink.codec, keep=uplink.keep, rng=rng), {}
     path = memory_path(folder, run)
     memory = load(path, delta.spec) or empty(delta.spec)
     frame, memory = compress(delta, received, uplink, rng, memory)
-    save(path, memory)
-    return frame
+    return frame, {path.relative_to(folder).as_posix(): written(memory)}
 
 
 def compress(
@@ -142,9 +141,14 @@ def memory_path(folder: Path, run: str) -> Path:
 
 
 def save(path: Path, memory: Memory) -> None:
-    """Write two adapter frames (docs/wire-format.md): left, then frozen; whole or not at all."""
+    """Write a memory, whole or not at all."""
+    write_atomic(path, written(memory))
+
+
+def written(memory: Memory) -> bytes:
+    """Return a memory as its file has it: two adapter frames (docs/wire-format.md), left first."""
     left, frozen = wire.encode(memory.left), wire.encode(memory.frozen)
-    write_atomic(path, len(left).to_bytes(8, "little") + left + frozen)
+    return len(left).to_bytes(8, "little") + left + frozen
 
 
 def load(path: Path, spec: AdapterSpec) -> Memory | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anabranch.client.private_round import PrivateRound
+from anabranch.client.tuning.checkpoint import Progress
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter
@@ -40,6 +41,7 @@ class Local:
     part: Part = WHOLE
     kept: Part | None = None
     private: PrivateRound | None = None
+    progress: Progress | None = None  # of `train_alone`; a cohort is trained without
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,6 +96,7 @@ def _fit(local: Local) -> Learned:
         proximal_mu=local.proximal_mu,
         part=local.part,
         kept=local.kept,
+        progress=local.progress,
     )
     return Learned(after=read_adapter(local.classifier), steps=result.steps, loss=result.loss)
 
@@ -112,5 +115,6 @@ def _fit_private(local: Local, round: PrivateRound) -> Learned:
         engine=round.engine,
         clipping_norm=round.clipping_norm,
         randomness=round.randomness,
+        progress=local.progress,
     )
     return Learned(after=read_adapter(local.classifier), steps=local.steps, private=done)

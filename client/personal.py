@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch.client.tuning.checkpoint import Progress
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter, trainable_parameters
@@ -77,7 +78,12 @@ class Kept:
 
     def save(self, adapter: Adapter) -> None:
         """Replace what is kept."""
-        write_atomic(self.folder / FOLDER / self.file, wire.encode(adapter))
+        for path, data in self.replaced(adapter).items():
+            write_atomic(self.folder / path, data)
+
+    def replaced(self, adapter: Adapter) -> dict[str, bytes]:
+        """Return what `save` writes: path in the site's folder -> bytes."""
+        return {f"{FOLDER}/{self.file}": wire.encode(adapter)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,11 +204,12 @@ def train(
     *,
     number: int,
     seed: int,
+    progress: Progress | None = None,
 ) -> Adapter:
     """Return the private adapter after round `number`, with zeros in the shared ranks.
 
     [training] decides how, without noise, for `personal.local_epochs` epochs. Raises RunError
-    or IncompatibleAdapter if it is not finite.
+    or IncompatibleAdapter if it is not finite, and what `progress` raises.
     """
     classifier = beside.classifier
     training = msgspec.structs.replace(
@@ -222,5 +229,6 @@ def train(
         seed=seed,
         part=part,
         penalty=ditto(classifier, shared, config.personal.pull),
+        progress=progress,
     )
     return read_adapter(classifier).only(part)

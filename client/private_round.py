@@ -1,6 +1,8 @@
 """A private round of a site: plan, reserve, train, settle.
 
-Nothing of a round may leave before it is settled. With adaptive clipping the norm goes on from
+Nothing of a round may leave before it is settled, and no reservation is settled twice: at most
+one result of it is ever released. How a round that was cut off goes on with the reservation that
+it has: answers.py. With adaptive clipping the norm goes on from
 round to round; the site keeps it in clipping/<run>.json. Only noised values decide it, so it is
 as safe to keep as the delta that was sent; without the file it begins again.
 """
@@ -23,7 +25,6 @@ from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.errors import ModelError, PrivacyError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.tables import Engine, Positive, Privacy
-from anabranch.storage.files import write_atomic
 
 
 class Clipping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,8 +44,15 @@ class PrivateRound:
     entry: int  # of the ledger
     rows: Sequence[bytes]
     run: str
-    folder: Path
     ledger: Books
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a trained round has to settle before anything of it leaves."""
+
+    entry: int  # of the ledger
+    spend: Spend  # by training
+    delta: float  # δ at which ε is reported
 
 
 class Books(Protocol):
@@ -104,26 +112,35 @@ def open_round(
         entry=entry,
         rows=rows,
         run=assignment.run,
-        folder=folder,
         ledger=ledger,
     )
 
 
-def close_round(round: PrivateRound, done: PrivateFit) -> dict[str, Any]:
-    """Settle a round that was trained; return what the report says of it."""
+def close_round(
+    round: PrivateRound, done: PrivateFit
+) -> tuple[Cost, dict[str, Any], dict[str, bytes]]:
+    """Return what is to be settled, what the report says, and the files that change with it.
+
+    Files are path in the site's folder -> bytes. Nothing is written here.
+    """
     plan = round.plan
-    head = round.ledger.settle(round.entry, done.spend)
+    changes = {}
     if plan.clipping == "adaptive":
         after = msgspec.json.encode(Clipping(clipping_norm=done.clipping_norm))
-        write_atomic(_clipping_file(round.folder, round.run), after)
-    return {
-        "epsilon": round.ledger.spent(round.rows, plan.delta),
+        changes[_clipping_name(round.run)] = after
+    said = {
         "delta": plan.delta,
         "noise_multiplier": plan.noise_multiplier,
         "sample_rate": plan.sample_rate,
         "engine": done.engine,
-        "ledger": head,
     }
+    return Cost(entry=round.entry, spend=done.spend, delta=plan.delta), said, changes
+
+
+def settle(round: PrivateRound, cost: Cost) -> dict[str, Any]:
+    """Settle a round that was trained; return what the report says of it."""
+    head = round.ledger.settle(cost.entry, cost.spend)
+    return {"epsilon": round.ledger.spent(round.rows, cost.delta), "ledger": head}
 
 
 def limits(privacy: Privacy, plan: DpPlan, budget: Budget | None) -> list[Limit]:
@@ -142,7 +159,7 @@ def limits(privacy: Privacy, plan: DpPlan, budget: Budget | None) -> list[Limit]
 
 def _clipping_norm(folder: Path, run: str) -> float | None:
     """Return where adaptive clipping goes on; None in the first round."""
-    file = _clipping_file(folder, run)
+    file = folder / _clipping_name(run)
     if not file.exists():
         return None
     try:
@@ -154,5 +171,5 @@ def _clipping_norm(folder: Path, run: str) -> float | None:
         ) from None
 
 
-def _clipping_file(folder: Path, run: str) -> Path:
-    return folder / "clipping" / f"{checked_run(run)}.json"
+def _clipping_name(run: str) -> str:
+    return f"clipping/{checked_run(run)}.json"

@@ -4,57 +4,70 @@
     ledger.sqlite    privacy spent on its records, over all runs; ledger.head says how far it is
     personal/        what it trains for itself and never sends (personal.py)
     clipping/        where adaptive clipping goes on (private_round.py)
+    feedback/        what a codec left out of earlier deltas (feedback.py)
     runs/            the configuration that each run began with
+    answers/         its last answers, and where an unfinished round stands (answers.py)
 
 `Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
-(private if the run says so), ledger, delta, frame. It knows nothing of Flower. What goes wrong
+(private if the run says so), ledger, delta, frame. It can be asked again at any time, and its
+process killed at any time: a round is done once. It knows nothing of Flower. What goes wrong
 is logged to the standard error of the site's process; the text of an unforeseen error never
 leaves.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import msgspec
 import torch
 
-from anabranch.client import feedback, personal
+from anabranch.client.answers import Answers
 from anabranch.client.data.records import Records, load_records, split
 from anabranch.client.ledger import Ledger
 from anabranch.client.local import Learned, Local, train_alone
 from anabranch.client.memory import give_back
 from anabranch.client.models import MODELS, Models
-from anabranch.client.private_round import Books, PrivateRound, close_round, open_round
+from anabranch.client.one_round import (
+    Asked,
+    Place,
+    came_of,
+    framed,
+    metrics_of,
+    schedule_of,
+)
+from anabranch.client.one_round import (
+    Begun as Begun,
+)
+from anabranch.client.one_round import (
+    round_seed as round_seed,
+)
+from anabranch.client.policy.policy_file import columns_never
+from anabranch.client.private_round import Books, PrivateRound, open_round, settle
+from anabranch.client.question import Reserving, key_of
+from anabranch.client.requirements import (
+    kept_back,
+    outside,
+    require_one_configuration,
+    require_part,
+    require_within_budget,
+    without_folders,
+)
 from anabranch.client.site_file import SiteFile, ledger_of, read_site, witness_folder
+from anabranch.client.tuning.checkpoint import SECONDS, Watch
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
-from anabranch.client.tuning.lora import load_adapter
-from anabranch.client.tuning.metrics import evaluate
 from anabranch.client.tuning.randomness import Randomness
-from anabranch.client.tuning.training import Schedule, predict, steps_per_round
-from anabranch.protocols import wire
+from anabranch.client.tuning.training import steps_per_round
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import (
-    ConfigError,
-    DataError,
-    IncompatibleAdapter,
-    PrivacyError,
-    ProtocolError,
-    RunError,
-)
+from anabranch.protocols.errors import DataError, PrivacyError
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
-from anabranch.protocols.spec import AdapterSpec, require_same_spec
 from anabranch.storage.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -63,11 +76,30 @@ log = logging.getLogger(__name__)
 class Site:
     """One participant. Raises ConfigError for a wrong site.toml, naming the field."""
 
-    def __init__(self, folder: Path, models: Models = MODELS, file: SiteFile | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: Models = MODELS,
+        file: SiteFile | None = None,
+        watch: Watch | None = None,
+        *,
+        save_every: float = SECONDS,
+    ) -> None:
+        """`file` is that of a simulated client, which keeps no answers and is not watched in
+        training; None: read site.toml.
+
+        `watch` is told ("preparing" | "training" | "evaluating", step, steps), and of training
+        each step; an AnabranchError that it raises ends the round, which goes on from there when
+        it is asked again. `save_every` seconds of training are lost at most with the process.
+        """
         self.folder = folder
-        self._file = read_site(folder) if file is None else file  # given: of a simulated client
+        self._file = read_site(folder) if file is None else file
         self.name = self._file.name
         self._models = models
+        device, max_rank = self._file.device, self._file.max_rank
+        self._place = Place(self.name, folder, device, max_rank, models)
+        self._answers = Answers(folder) if file is None else None
+        self.watch, self._save_every = watch, save_every
         self._records: dict[str, tuple[Records, Records]] = {}
         self._prepared: dict[tuple[str, int], tuple[Records, Sequence[torch.Tensor]]] = {}
 
@@ -88,14 +120,17 @@ class Site:
 
     def records(self, config: RunConfig) -> tuple[Records, Records]:
         """Return (training, held-out) records; raise DataError if the contract is broken."""
-        digest = config.digest()
-        if (held := self._records.get(digest)) is None:  # read once: threads may replace it
+        never = columns_never(self.folder)
+        key = f"{config.digest()} {sorted(never)}"
+        if (held := self._records.get(key)) is None:  # read once: threads may replace it
             try:
-                records = load_records(self.data, config)
+                records = load_records(self.data, config, never)
             except DataError as error:  # it is sent on
-                raise DataError(self._outside(error, config)) from None
+                open_to_all = config.privacy is None and self._file.budget is None
+                text = outside(error, self.data) if open_to_all else kept_back(error, self.name)
+                raise DataError(text) from None
             held = split(records, config.training.holdout, config.seed)
-            self._records = {digest: held}
+            self._records = {key: held}
         return held
 
     def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
@@ -104,20 +139,6 @@ class Site:
     def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
         """Return the (training, held-out) records, which only have to be counted."""
         return self.records(config)
-
-    def _outside(self, error: DataError, config: RunConfig) -> str:
-        """Return what the coordinator may read of a broken contract; the log has all of it.
-
-        Whoever writes the contract could find out a cell by asking again and again with other
-        bounds: where privacy is asked for, it learns that something is wrong and no more.
-        """
-        if config.privacy is None and self._file.budget is None:
-            return str(error).replace(str(self.data), "records")  # where files lie is not told
-        log.error("%s: %s", self.name, error)
-        return (
-            "the records do not keep the data contract of this run; at the site, `anabranch site "
-            "check` lists what is wrong"
-        )
 
     def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
         """Return what this site learned from `adapter` in one round, the delta as one frame.
@@ -131,28 +152,60 @@ class Site:
         IncompatibleAdapter (wrong base or shapes), PrivacyError (privacy cannot be established)
         or ModelError (the base model changed, or what the site keeps cannot be read).
         """
-        begun = self.prepare(assignment, adapter)
+        require_within_budget(self._file.budget, assignment.config)
+        if self._answers is None:
+            begun = self.prepare(assignment, adapter)
+            report, sent = self.finish(begun, train_alone(begun.local))
+            give_back()
+            return report, framed(sent)
+        key = key_of(assignment, adapter)
         try:
-            learned = train_alone(begun.local)
+            with self._answers.alone(self.ledger):
+                held = self._answers.held(key)
+                return held or self._answer(self._answers, key, assignment, adapter)
         except PrivacyError as error:
             raise self._outward(error) from error
-        report, sent = self.finish(begun, learned)
+
+    def _answer(
+        self, answers: Answers, key: str, assignment: Assignment, adapter: Adapter
+    ) -> tuple[Trained, bytes]:
+        """Train and commit a round that is not done; what it changes is in place afterwards."""
+        attempt = answers.begin(key, assignment, self.ledger)
+        device = self._file.device
+        asked = Asked(answers, key, attempt, device, self.watch, self._save_every)
+        begun = self._prepare(assignment, adapter, asked)
+        try:
+            came = came_of(begun, train_alone(begun.local), self.folder)
+        except BaseException as error:
+            if not begun.stopped(error):
+                answers.forget(key)  # it is sent that training failed: see answers.py
+            raise
+        answers.commit(key, came.framed)
         give_back()
-        return report, sent if isinstance(sent, bytes) else wire.encode(sent)
+        return answers.complete(key, self.ledger)
 
     def prepare(self, assignment: Assignment, adapter: Adapter) -> Begun:
         """Return this round's training, ready to begin; a private round is reserved then.
 
-        Raises what `train` does.
+        For whoever trains many clients together: what is prepared is to be given to `finish`
+        once, and is not among the answers. Raises what `train` does.
         """
+        return self._prepare(assignment, adapter, None)
+
+    def _prepare(self, assignment: Assignment, adapter: Adapter, asked: Asked | None) -> Begun:
         config, started = assignment.config, time.perf_counter()
-        self._require_within_budget(config)
+        self._tell("preparing")
+        require_within_budget(self._file.budget, config)
         self._require_one_configuration(assignment)
         count = len(self.sizes(config)[0])
-        self._require_part(assignment, adapter.spec)
-        classifier, start = self._shared(assignment, adapter)
-        beside = self._private(assignment, adapter)
+        require_part(assignment, adapter.spec, self.max_rank)
+        classifier, start = self._place.shared(assignment, adapter)
+        beside = self._place.private(assignment, adapter)
         examples, identities = self._training(config, classifier)
+        progress, aside = None, None
+        if asked is not None:
+            progress = asked.progress("shared", start, identities())
+            aside = asked.progress("private", beside.start, identities()) if beside else None
         local = Local(
             name=self.name,
             classifier=classifier,
@@ -160,52 +213,38 @@ class Site:
             examples=examples,
             training=config.training,
             steps=self._steps(assignment, count),
-            schedule=_schedule(assignment, count),
+            schedule=schedule_of(config, assignment.round, count),
             seed=round_seed(config.seed, self.name, assignment.round),
             proximal_mu=config.federation.proximal_mu,
             part=assignment.part,
             kept=config.kept,
-            private=self._reserve(assignment, identities()) if config.privacy else None,
+            private=self._reserve(assignment, identities(), asked) if config.privacy else None,
+            progress=progress,
         )
         return Begun(
-            assignment=assignment, adapter=adapter, local=local, beside=beside, started=started
+            assignment=assignment,
+            adapter=adapter,
+            local=local,
+            beside=beside,
+            started=started,
+            progress=(progress, aside),
         )
 
     def finish(self, begun: Begun, learned: Learned) -> tuple[Trained, Delta | bytes]:
         """Return the report, and what is sent: the delta, or its frame in the run's codec.
 
-        A delta stands for its frame in full precision, which whoever sends it makes. What the
-        site keeps is written, and a private round is settled, before this returns.
+        A delta stands for its frame in full precision, which whoever sends it makes. A private
+        round is settled, and what the site keeps is written, before this returns.
         """
-        assignment, config, local = begun.assignment, begun.assignment.config, begun.local
-        done: dict[str, Any] = {"steps": learned.steps, "loss": learned.loss}
-        if local.private is not None:
-            done |= self._settle(local.private, learned)
-        delta = learned.after.minus(
-            local.start,
-            num_examples=len(local.examples),
-            part=assignment.part,
-            steps=learned.steps,
-        )
-        sent: Delta | bytes = delta
-        if config.uplink.codec != "fp32" or config.uplink.error_feedback:
-            seed = round_seed(config.seed, f"{self.name}/uplink", assignment.round)
-            rng = np.random.default_rng(seed)
-            sent = feedback.send(
-                delta, begun.adapter, config.uplink, rng, self.folder, assignment.run
-            )
-        if config.kept is not None:
-            kept = learned.after.only(config.kept)
-            personal.kept_tensors(self.folder, assignment.run).save(kept)
-        if begun.beside is not None:
-            self._fit_beside(assignment, begun.adapter, begun.beside, local.examples)
-        report = Trained(
-            site=self.name,
-            num_examples=len(local.examples),
-            seconds=time.perf_counter() - begun.started,
-            **done,
-        )
-        return report, sent
+        came, report = came_of(begun, learned, self.folder), None
+        if begun.local.private is not None and came.cost is not None:
+            try:
+                report = settle(begun.local.private, came.cost)
+            except PrivacyError as error:
+                raise self._outward(error) from error
+        for path, data in came.changes.items():
+            write_atomic(self.folder / path, data)
+        return msgspec.structs.replace(came.report, **(report or {})), came.sent
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Return metrics of `adapter` on the held-out records; refused in a private run.
@@ -219,101 +258,28 @@ class Site:
                 "client evaluation would release metrics that [privacy] does not cover: set "
                 "federation.client_evaluation = false"
             )
-        self._require_within_budget(config)
+        require_within_budget(self._file.budget, config)
+        self._tell("preparing")
+        if self._answers is not None and self._answers.pending:
+            with self._answers.alone(self.ledger):
+                pass  # what the site keeps is in its place now
         _, held = self.records(config)
         if len(held) == 0:
             raise DataError("no held-out records: set training.holdout above 0")
-        classifier, start = self._shared(assignment, adapter)
-        load_adapter(classifier, start)
-        features = self._held_features(config, classifier, held)
-        metrics = evaluate(predict(classifier, features), held.labels)
-        beside = self._private(assignment, adapter)
-        if beside is not None and beside.trained:
-            load_adapter(beside.classifier, beside.start)
-            own = evaluate(predict(beside.classifier, features), held.labels)
-            metrics |= {f"personal_{name}": value for name, value in own.items()}
+        shared = self._place.shared(assignment, adapter)
+        features = self._held_features(config, shared[0], held)
+        self._tell("evaluating")
+        beside = self._place.private(assignment, adapter)
+        metrics = metrics_of(shared, beside, features, held.labels)
         return Evaluated(site=self.name, num_examples=len(held), metrics=metrics)
 
-    def _require_within_budget(self, config: RunConfig) -> None:
-        """Refuse a run without [privacy] where the owner has set a budget: it costs any ε."""
-        budget = self._file.budget
-        if budget is not None and config.privacy is None:
-            raise PrivacyError(
-                f"the run has no [privacy], and the [budget] of site.toml allows epsilon = "
-                f"{budget.epsilon:g} over all runs: nothing is trained. Add [privacy] to run.toml"
-            )
+    def _tell(self, activity: str) -> None:
+        """Tell whoever watches what is done now."""
+        if self.watch is not None:
+            self.watch(activity, 0, 0)
 
     def _require_one_configuration(self, assignment: Assignment) -> None:
-        """Refuse a run that goes on with another configuration than it began with.
-
-        What a site keeps of a run goes into its later rounds: nothing that was trained without
-        noise may get into a round that is accounted for.
-        """
-        file = self.folder / "runs" / personal.checked_run(assignment.run)
-        digest = assignment.config.digest().encode()
-        if not file.exists():
-            write_atomic(file, digest)
-        elif file.read_bytes() != digest:
-            raise ProtocolError(
-                f"run {assignment.run} began with another configuration than it is asked to go on "
-                "with here: a new configuration is a new run"
-            )
-
-    def _require_part(self, assignment: Assignment, spec: AdapterSpec) -> None:
-        """Refuse a part that this machine does not train, or that holds what stays here."""
-        part, kept = assignment.part, assignment.config.kept
-        if part.whole and kept is None and self.max_rank is None:
-            return  # of any adapter
-        part.shapes(spec)  # refuses ranks that are not there, before anything is spent
-        rank = personal.trained_rank(spec, part, kept)
-        if self.max_rank is not None and rank > self.max_rank:
-            raise ConfigError(
-                f"asked to train rank {rank}, but max_rank = {self.max_rank} in site.toml: take a "
-                "lower lora.rank, a method that gives every site ranks it can train, or raise "
-                "max_rank"
-            )
-        both = set() if kept is None else set(part.names(spec)) & set(kept.names(spec))
-        if both:
-            raise ProtocolError(f"{min(both)} stays at the site in this run, but was asked for")
-
-    def _shared(self, assignment: Assignment, adapter: Adapter) -> tuple[Classifier, Adapter]:
-        """Return the run's classifier, and what was received with what the site has kept."""
-        config = assignment.config
-        classifier = self._models.classifier(config, self._file.device)
-        require_same_spec(classifier.spec, adapter.spec)
-        if config.kept is None:
-            return classifier, adapter
-        kept = personal.kept_tensors(self.folder, assignment.run).load(adapter.spec)
-        return classifier, personal.with_kept(adapter, config.kept, kept)
-
-    def _private(self, assignment: Assignment, adapter: Adapter) -> personal.Beside | None:
-        """Return the model with the private adapter; None in a run without."""
-        config = assignment.config
-        if not config.personal.rank:
-            return None
-        lora = personal.wider(config, self.max_rank)
-        classifier = self._models.classifier(config, self._file.device, lora)
-        own = personal.private_adapter(self.folder, assignment.run).load(classifier.spec)
-        seed = round_seed(config.seed, f"{self.name}/personal", assignment.round)
-        start = personal.beside(classifier.spec, adapter, own, np.random.default_rng(seed))
-        return personal.Beside(classifier=classifier, start=start, trained=own is not None)
-
-    def _fit_beside(
-        self,
-        assignment: Assignment,
-        shared: Adapter,
-        beside: personal.Beside,
-        examples: Examples,
-    ) -> None:
-        """Train and keep the private adapter; one that diverges stays as it was."""
-        config, number = assignment.config, assignment.round
-        seed = round_seed(config.seed, f"{self.name}/personal", number)
-        try:
-            own = personal.train(beside, shared, examples, config, number=number, seed=seed)
-        except (RunError, IncompatibleAdapter) as error:  # the shared delta does not depend on it
-            log.warning("%s leaves its private adapter as it was: %s", self.name, error)
-            return
-        personal.private_adapter(self.folder, assignment.run).save(own)
+        require_one_configuration(self.folder, assignment)
 
     def _training(
         self, config: RunConfig, classifier: Classifier
@@ -337,21 +303,22 @@ class Site:
     def _held_features(
         self, config: RunConfig, classifier: Classifier, held: Records
     ) -> Sequence[torch.Tensor]:
-        """Return the held-out records as `predict` takes them."""
         return self._models.cache(config).prepare(classifier, held.inputs)
 
     def _steps(self, assignment: Assignment, num_examples: int) -> int:
-        """Return the optimiser steps of this round."""
         return steps_per_round(num_examples, assignment.config.training)
 
-    def _reserve(self, assignment: Assignment, rows: Sequence[bytes]) -> PrivateRound:
+    def _reserve(
+        self, assignment: Assignment, rows: Sequence[bytes], asked: Asked | None
+    ) -> PrivateRound:
         """Plan and reserve a private round; an error's text leaves without the site's paths."""
+        books = self.books if asked is None else Reserving(self.ledger, asked.attempt)
         try:
             return open_round(
                 assignment,
                 rows,
                 folder=self.folder,
-                ledger=self.books,
+                ledger=books,
                 budget=self._file.budget,
                 randomness=self._randomness(assignment),
             )
@@ -367,49 +334,11 @@ class Site:
         """Return where the noise of a private round comes from; None: the operating system."""
         return None
 
-    def _settle(self, round: PrivateRound, learned: Learned) -> dict[str, Any]:
-        assert learned.private is not None  # a private Local is trained privately
-        try:
-            return close_round(round, learned.private)
-        except PrivacyError as error:
-            raise self._outward(error) from error
-
     def _outward(self, error: PrivacyError) -> PrivacyError:
         """Return an error that does not say where files lie; the log has all of it."""
-        if (text := self._without_paths(str(error))) == str(error):
+        witnesses = witness_folder(self._file)
+        text = without_folders(str(error), [self.folder, *([witnesses] if witnesses else [])])
+        if text == str(error):
             return error
         log.warning("%s: %s", self.name, error)
         return PrivacyError(text)
-
-    def _without_paths(self, text: str) -> str:
-        folders = {self.folder, self.folder.absolute(), self.folder.resolve()}
-        witnesses = witness_folder(self._file)
-        for folder in folders if witnesses is None else folders | {witnesses}:
-            text = text.replace(f"{folder}{os.sep}", "")
-        return text
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Begun:
-    """A round between `prepare` and `finish`."""
-
-    assignment: Assignment
-    adapter: Adapter  # as it was received
-    local: Local
-    beside: personal.Beside | None
-    started: float  # of time.perf_counter()
-
-
-def _schedule(assignment: Assignment, num_examples: int) -> Schedule:
-    """Return where a round stands in the run, in full rounds of this site."""
-    steps = steps_per_round(num_examples, assignment.config.training)
-    return Schedule(
-        first_step=(assignment.round - 1) * steps,
-        total_steps=assignment.config.federation.rounds * steps,
-    )
-
-
-def round_seed(seed: int, site: str, round_number: int) -> int:
-    """Return the seed of one site's shuffling in one round: the same on every engine."""
-    text = f"{seed}/{site}/{round_number}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")

@@ -17,10 +17,16 @@ adaptive clipping pays for; an empty batch is a step of noise alone. A record wh
 not finite counts as 0. No loss, norm or batch size is returned, and whether a fit is refused does
 not depend on gradients: if every one is 0, noise alone is published, and the log says so.
 
-Two engines compute g_i: "fast" (fast.py) and "opacus" (opacus_engine.py). All that follows,
-from clipping to the optimiser, is the same code (noisy.py). Noise comes from a ChaCha20 stream
-(randomness.py) and is added in float32: sums and noise are NOT hardened against attacks on the
-low bits of floating-point numbers, and a norm is as exact as float32 arithmetic.
+Engines "fast" (fast.py) and "opacus" (opacus_engine.py) compute g_i; all that follows is the same
+code (noisy.py). Noise comes from a ChaCha20 stream (randomness.py) and is added in float32: sums
+and noise are NOT hardened against attacks on the low bits of floating-point numbers.
+
+A fit that was stopped goes on from its last state (checkpoint.py): values and moments after k noisy
+steps, C, and what the accountant was told of them. Later steps are drawn anew, batches and noise,
+with a key of their own: what is published is one chain of as many noisy steps as were planned, each
+given the values before it. Steps that were lost with their process were read by nobody, so they
+cost nothing, as long as what ends a process does not look at records, and at most one chain is ever
+published (client/answers.py).
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anabranch.client.privacy import DpPlan, Spend, sampling_rate
 from anabranch.client.tuning.active import Active, only
+from anabranch.client.tuning.checkpoint import Progress, State, put_back, tensors_of
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.fast import fast_gradients
@@ -91,6 +98,7 @@ def fit_private(
     generator: torch.Generator | None = None,
     randomness: Randomness | None = None,
     physical_batch: int = PHYSICAL_BATCH,
+    progress: Progress | None = None,
 ) -> PrivateFit:
     """Run `steps` steps of DP-SGD in place; on return the adapter is safe to publish under `plan`.
 
@@ -102,8 +110,8 @@ def fit_private(
     what was planned, or nothing was trained. Either way the classifier keeps no hooks, no
     gradients and no replaced function. A `generator`, or a `randomness` that somebody knows, makes
     batches and noise reproducible and thereby VOIDS the guarantee: it is for tests and simulations
-    (docs/simulation.md). `physical_batch` bounds memory and changes no
-    result.
+    (docs/simulation.md). `physical_batch` bounds memory and changes no result. `progress` is told
+    of every step and says where to go on from, with a `randomness` that no step before has read.
     """
     require_planned(plan, config, len(examples), steps, step_offset)
     if generator is not None:
@@ -125,7 +133,9 @@ def fit_private(
                 clipping_norm=clipping_norm,
             ) as step:
                 run, trained = range(step_offset, step_offset + steps), active.parameters
-                learned = _run(step, trained, examples, plan, config, run, accountant, probe)
+                learned = _run(
+                    step, trained, examples, plan, config, run, accountant, probe, progress
+                )
             require_as_planned(accountant.history, plan.spend(steps))
             require_trained(active, factors_of(classifier))
         except BaseException:
@@ -222,12 +232,28 @@ def _run(
     steps: range,
     accountant: Any,
     probe: Probe | None,
+    progress: Progress | None,
 ) -> bool:
-    """Take `steps` of the run; return False if there were records but every gradient was 0."""
+    """Take the `steps` that are left; return False if all gradients were 0, as far as is known."""
     records, rate = len(examples), plan.sample_rate
     learning_rates = [group["lr"] for group in step.optimizer.param_groups]
     found: set[bool] = set()
-    for at in steps:
+    taken = 0
+
+    def state() -> State:
+        return State(
+            step=taken,
+            tensors=tensors_of(trained, step.optimizer),
+            ran=tuple(accountant.history),
+            clipping_norm=step.clipping_norm,
+        )
+
+    if progress is not None and (before := progress.resumed()) is not None:
+        put_back(before.tensors, trained, step.optimizer)
+        accountant.history = list(before.ran)
+        step.clipping_norm = first_norm(plan, before.clipping_norm)
+        taken, found = before.step, {True}
+    for at in steps[taken:]:
         factor = learning_rate_factor(at, plan.steps, config.warmup, config.schedule)
         for group, learning_rate in zip(step.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = learning_rate * factor
@@ -239,14 +265,14 @@ def _run(
             accountant.step(noise_multiplier=sigma, sample_rate=rate)
         step.drawn.clear()
         if probe is not None:
-            probe.observe(len(sampled), _gradients(trained))
+            gradients = {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
+            probe.observe(len(sampled), gradients)
         if sampled:
             found.add(learned)
+        taken += 1
+        if progress is not None:
+            progress.after(taken, len(steps), state)
     return found != {False}
-
-
-def _gradients(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
 
 
 def first_norm(plan: DpPlan, clipping_norm: float | None) -> float:

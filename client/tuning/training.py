@@ -6,7 +6,8 @@ weight, P a further penalty (personal.py).
     minimise  F(w) + μ/2 · ‖w − w_t‖² + P(w)    (FedProx; Li et al. 2020, arXiv:1812.06127, eq. 2)
 
 What is trained is one part of the adapter (active.py), by default all of it.
-Examples hold the classifier's prefix output, so an epoch costs the trainable part alone.
+Examples hold the classifier's prefix output, so an epoch costs the trainable part alone. A fit
+that was stopped goes on from its last state (checkpoint.py), with the same result bit for bit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anabranch.client.tuning.active import Active, only
+from anabranch.client.tuning.checkpoint import Progress, State, put_back, tensors_of
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples, collate, fetch, lengths
 from anabranch.client.tuning.lora import HEAD
@@ -72,12 +74,14 @@ def fit(
     part: Part = WHOLE,
     kept: Part | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> Fit:
     """Train what is in `part` or `kept`, in place, for `steps` steps.
 
     Every other value is the same afterwards, bit for bit, and adds nothing to the norm that
     is clipped. `penalty` is added to the loss of every step; the reported loss is without it.
-    No steps change nothing. Raises RunError if the loss is not finite, DataError for steps without
+    No steps change nothing. `progress` is told of every step and says where to go on from; what
+    it raises ends the fit. Raises RunError if the loss is not finite, DataError for steps without
     records, IncompatibleAdapter for a part that the adapter does not have. Either way all tensors
     of the adapter can be trained afterwards.
     """
@@ -95,6 +99,7 @@ def fit(
             seed=seed,
             proximal_mu=proximal_mu,
             penalty=penalty,
+            progress=progress,
         )
     loss = _mean(losses[-math.ceil(len(examples) / training.batch_size) :]) if steps else None
     return Fit(steps=steps, loss=loss, seconds=time.perf_counter() - started)
@@ -116,14 +121,25 @@ def _run(
     seed: int,
     proximal_mu: float,
     penalty: Callable[[], Tensor] | None,
+    progress: Progress | None,
 ) -> list[tuple[float, int]]:
-    """Take the steps; return (mean cross-entropy, records) of every batch."""
+    """Take the steps that are left; return (mean cross-entropy, records) of every batch."""
     device = classifier.device
     optimizer = make_optimizer(active.parameters, training)
     weights = class_weights(examples.labels, classifier.num_labels, training)
     order = batches(examples, training.batch_size, np.random.default_rng(seed))
     losses: list[tuple[float, int]] = []
-    for step in range(steps):
+
+    def state() -> State:
+        tensors = tensors_of(active.parameters, optimizer)
+        return State(step=len(losses), tensors=tensors, losses=tuple(losses))
+
+    if progress is not None and (before := progress.resumed()) is not None:
+        put_back(before.tensors, active.parameters, optimizer)
+        losses += before.losses
+        for _ in losses:  # one per step: the order is wound forward
+            next(order)
+    for step in range(len(losses), steps):
         batch = examples.take(next(order))
         features, mask = collate(batch.features)
         labels = batch.labels.to(device)
@@ -144,6 +160,8 @@ def _run(
                 f"training loss is {losses[-1][0]} at step {step + 1} of {steps}: lower "
                 f"training.learning_rate (now {training.learning_rate}) or set max_grad_norm"
             )
+        if progress is not None:
+            progress.after(step + 1, steps, state)
     return losses
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from anabranch.client import feedback
-from anabranch.client.feedback import Memory, carry, compress, empty, memory_path, send
+from anabranch.client.feedback import Memory, carry, compress, empty, memory_path
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import WHOLE, Adapter, Delta
 from anabranch.protocols.codecs.codec import CodecName
@@ -17,6 +17,7 @@ from anabranch.protocols.errors import ConfigError, IncompatibleAdapter, ModelEr
 from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import Uplink
+from anabranch.storage.files import write_atomic
 
 A, B, HEAD = "q.lora_A.weight", "q.lora_B.weight", "head.weight"
 SPEC = AdapterSpec(
@@ -56,6 +57,15 @@ def uplink(codec: CodecName, *, error_feedback: bool = True, keep: float = 0.3) 
 
 def decoded(frame: bytes, part: Part, how: Uplink) -> Delta:
     return wire.decode_delta(frame, SPEC, part, codec=how.codec, keep=how.keep)
+
+
+def send(*arguments: Any) -> bytes:
+    """Send as a round does that is done: what changes is on disk afterwards."""
+    folder: Path = arguments[4]
+    frame, changes = feedback.send(*arguments)
+    for name, data in changes.items():
+        write_atomic(folder / name, data)
+    return frame
 
 
 def product(left: Float, right: Float) -> NDArray[np.float64]:
@@ -241,6 +251,12 @@ def test_the_memory_of_one_round_is_in_the_frame_of_the_next(tmp_path: Path) -> 
         assert kept is not None
         for one, other in ((kept.left, memory.left), (kept.frozen, memory.frozen)):
             assert wire.encode(one) == wire.encode(other)
+
+
+def test_sending_writes_nothing_by_itself(tmp_path: Path) -> None:
+    feedback.send(delta(1), adapter(2), uplink("int8"), rng(), tmp_path, "run-1")
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_run_has_a_memory_of_its_own_inside_the_folder(tmp_path: Path) -> None:
