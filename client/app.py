@@ -1,7 +1,8 @@
 """The ClientApp of a deployed site: `clientapp = "anabranch.client.app:app"`.
 
 The SuperNode is started with `--node-config 'site="/path/to/the/site"'`; the folder is
-described in client/site.py.
+described in client/site.py. This is for a Flower deployment of one's own: there is no policy and
+no enrolment on this way (docs/joining.md is the other), and a site that has joined does not go it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
+from anabranch.client.agent.identity import joined
 from anabranch.client.flower import SiteLike, client_app
 from anabranch.protocols.errors import ConfigError
 
@@ -29,6 +31,11 @@ def site_of(context: Context) -> SiteLike:
     if not isinstance(folder, str) or not folder:
         raise ConfigError(
             "this SuperNode has no site: start it with --node-config 'site=\"/path/to/the/site\"'"
+        )
+    if joined(Path(folder)):
+        raise ConfigError(
+            "this site has joined a federation, whose runs its policy decides on: take part with "
+            "`anabranch site serve`, not with a SuperNode"
         )
     return open_site(Path(folder))
 

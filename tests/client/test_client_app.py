@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from anabranch.client.app import app as deployed_app
+from anabranch.client.app import site_of
 from anabranch.client.flower import (
     DESCRIBE,
     Describe,
@@ -25,7 +27,7 @@ from anabranch.client.flower import (
 from anabranch.protocols import errors, wire
 from anabranch.protocols.adapter import WHOLE, Adapter, Delta
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import DataError
+from anabranch.protocols.errors import ConfigError, DataError
 from anabranch.protocols.messages import Assignment, Evaluated, Refused, Trained
 from anabranch.protocols.tables import Uplink
 from anabranch.simulations.grid import InProcessGrid
@@ -124,3 +126,18 @@ def test_a_node_without_a_site_says_how_to_start_it() -> None:
     assert isinstance(refused, Refused)
     assert refused.reason == "config"
     assert "start it with --node-config 'site=" in refused.message
+
+
+def test_a_site_that_has_joined_is_not_served_without_its_policy(tmp_path: Path) -> None:
+    (tmp_path / "identity").mkdir()
+    (tmp_path / "identity" / "coordinator.json").write_text("{}")
+    context = Context(
+        run_id=1,
+        node_id=1,
+        node_config={"site": str(tmp_path)},
+        state=RecordDict(),
+        run_config={},
+    )
+
+    with pytest.raises(ConfigError, match="whose runs its policy decides on"):
+        site_of(context)
