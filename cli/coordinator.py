@@ -264,8 +264,10 @@ def export(
 @app.command()
 def token(folder: Folder = HERE, as_json: Json = False) -> int:
     """Print the address of the page, with the token that opens it. Treat it as a password."""
+    from anabranch.server.coordinator.page.access import page_address
+
     federation = _open(folder)
-    url = f"http://{federation.settings.page}/?token={federation.page_token()}"
+    url = f"{page_address(federation.settings)}/?token={federation.page_token()}"
     emit({"url": url}, url, as_json=as_json)
     return 0
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -207,7 +206,6 @@ def _private(client: int) -> PrivateRound:
         entry=1,
         rows=(),
         run="benchmark",
-        folder=Path(),
         ledger=SimulatedBooks().of("benchmark"),
     )
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 
 from anabranch.protocols.errors import ConfigError, RunError
+from anabranch.server import tracking
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.state import RunEntry
 from anabranch.server.superlink import SuperLink, environment
@@ -136,6 +137,7 @@ class Supervisor:
 
     def _prepare(self) -> None:
         """Check what is on disk before anything is started."""
+        tracking.require(self.federation.settings.tracking)
         self.federation.state.check()
         self.federation.backup()
         self.federation.server_credentials()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 
@@ -22,6 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from anabranch.protocols.identity.authority import key_digest
+from anabranch.server.coordinator.settings import Settings, join_address, split_address
 from anabranch.server.coordinator.state import State
 
 
@@ -30,6 +32,27 @@ class Viewer:
     """Who looks: the operator, or a site."""
 
     site: str = ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def page_address(settings: Settings) -> str:
+    """Return where the page is: HTTP on this machine's own addresses, HTTPS elsewhere.
+
+    If it listens on all addresses, the one by which sites know the coordinator.
+    """
+    host, port = split_address(settings.page)
+    if is_loopback(host):
+        return f"http://{settings.page}"
+    if host in ("0.0.0.0", "::"):
+        host = split_address(settings.address)[0]
+    return f"https://{join_address(host, port)}"
 
 
 def cookie_value(token: str) -> str:

@@ -1,6 +1,6 @@
 """The page, its data and the metrics: an ASGI application that reads, and changes nothing.
 
-    GET /           the page (files/); with ?token= once, for a cookie
+    GET /           the page; with ?token= once, for a cookie
     GET /events     server-sent events: "view" with the whole view at once, then at most one every
                     EVERY_S and only if it shows something else; "trouble" with a sentence while
                     there is none; "still" after HEARTBEAT_S without any, so that a browser
@@ -82,7 +82,8 @@ SIGN_IN: Final = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="/icon.svg"><link rel="stylesheet" href="/page.css"></head>
 <body><main><h1>Not signed in</h1>
-<p>Open this address with <code>/?token=</code> and the token behind it. The token is in the file
+<p>The coordinator's operator gets the address with its token by
+<code>anabranch coordinator token</code>: <code>/?token=</code> and what is in the file
 <code>page.token</code> of the federation's folder.</p>
 <p>If you have come here by a link that had the token in it, <a href="/">open the page again</a>.
 </p></main></body></html>
@@ -290,4 +291,4 @@ def _static(name: str) -> Callable[[Request], Response]:
 
 
 def _file(name: str) -> bytes:
-    return files("anabranch.server.coordinator.page").joinpath("files", name).read_bytes()
+    return files("anabranch.server.coordinator.page").joinpath(name).read_bytes()

@@ -10,7 +10,6 @@ crosses a network in the clear. Over TLS a site may show its certificate in plac
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import ssl
 import sys
@@ -24,6 +23,7 @@ from anabranch.protocols.errors import ConfigError
 from anabranch.server.coordinator.child import end_with_parent
 from anabranch.server.coordinator.door_server import MAX_HEAD, REQUEST_S, PeerProtocol
 from anabranch.server.coordinator.folder import Federation
+from anabranch.server.coordinator.page.access import is_loopback
 from anabranch.server.coordinator.page.app import application
 from anabranch.server.coordinator.page.trackers import Trackers
 from anabranch.server.coordinator.page.view import Watcher
@@ -33,14 +33,6 @@ CONNECTIONS = 128  # open at once, of everybody
 RENEW_S = 60.0  # between two looks for a renewed certificate
 
 log = logging.getLogger(__name__)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def require_safe(host: str, *, tls: bool) -> None:

@@ -1,5 +1,7 @@
 """int8 inference with a range of its own for every row of x."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -21,13 +23,14 @@ OPSETS = [17, 18]  # axes of ReduceMax: an attribute, an input
 def layer(weight: Floats, *, op: str = "MatMul", opset: int = 18, axes: int = 2) -> onnx.ModelProto:
     """y = x·W, or x·W + (0, 1, 2 …) by a Gemm."""
     constants = [numpy_helper.from_array(weight, "w")]
-    operands, about = ["x", "w"], {}
+    operands: list[str] = ["x", "w"]
+    about: dict[str, Any] = {}
     if op != "MatMul":
         constants.append(numpy_helper.from_array(bias(weight), "b"))
         operands = ["x", "w", "b"]
     if op == "Gemm transB":
         constants[0] = numpy_helper.from_array(np.ascontiguousarray(weight.T), "w")
-        about = {"transB": 1}
+        about["transB"] = 1
     sizes = ["batch", "tokens"][: axes - 1]
     graph = helper.make_graph(
         [helper.make_node(op.split()[0], operands, ["y"], **about)],
@@ -62,7 +65,8 @@ def bound(x: Floats, weight: Floats) -> NDArray[np.float64]:
     span = x.max(-1, keepdims=True).astype(np.float64) - x.min(-1, keepdims=True)
     column = np.abs(weight).sum(0, dtype=np.float64)
     largest = np.abs(x).max(-1, keepdims=True).astype(np.float64)
-    return (span / 510 + 4e-6 * largest) * column + 1e-30
+    most: NDArray[np.float64] = (span / 510 + 4e-6 * largest) * column + 1e-30
+    return most
 
 
 rows = hnp.arrays(

@@ -41,7 +41,7 @@ Fleet = Callable[..., Any]
 
 
 def asked(number: int = 1, part: Part | None = None, **tables: Any) -> Assignment:
-    more = {} if part is None else {"part": part}
+    more: Any = {} if part is None else {"part": part}
     return Assignment(run="run", round=number, config=config_of(**tables), **more)
 
 

@@ -30,9 +30,16 @@ from anabranch.protocols.identity.authority import (
 )
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.page import app
-from anabranch.server.coordinator.page.access import Viewer, by_token, cookie_name, cookie_value
+from anabranch.server.coordinator.page.access import (
+    Viewer,
+    by_token,
+    cookie_name,
+    cookie_value,
+    is_loopback,
+    page_address,
+)
 from anabranch.server.coordinator.page.app import Feed
-from anabranch.server.coordinator.page.server import config_of, is_loopback, require_safe
+from anabranch.server.coordinator.page.server import config_of, require_safe
 from anabranch.server.coordinator.page.shown import View
 from anabranch.server.coordinator.state import OpenInvitation
 from tests.page_cases import NOW, add_site, example, make, report, serving
@@ -393,6 +400,24 @@ def test_the_page_is_plain_on_this_machine_and_tls_elsewhere(tmp_path: Path) -> 
     assert context.minimum_version == ssl.TLSVersion.TLSv1_3
     with pytest.raises(ConfigError, match="without TLS"):
         config_of(federation, tls=False)
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("127.0.0.1:8444", "http://127.0.0.1:8444"),
+        ("localhost:8444", "http://localhost:8444"),
+        ("[::1]:8444", "http://[::1]:8444"),
+        ("0.0.0.0:8444", "https://127.0.0.1:8444"),
+        ("fl.example.org:1", "https://fl.example.org:1"),
+    ],
+)
+def test_the_address_of_the_page_is_one_that_a_browser_can_open(
+    tmp_path: Path, page: str, said: str
+) -> None:
+    settings_ = make(tmp_path / "heart").settings
+
+    assert page_address(replace(settings_, page=page)) == said
 
 
 # -- the process -----------------------------------------------------------------------------------

@@ -121,7 +121,6 @@ def client(
             entry=1,
             rows=(),
             run="run",
-            folder=Path(),
             ledger=SimulatedBooks().of(f"client-{number}"),
         ),
     )
