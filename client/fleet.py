@@ -48,6 +48,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_id,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
@@ -168,15 +169,29 @@ class Fleet:
         reply = _call(self._client.GetRun, GetRunRequest(node=self._me, run_id=run))
         return str(reply.run.fab_hash)
 
-    def fetch(self, one: Announced, max_bytes: int, heard: Callable[[int, int], None]) -> Message:
-        """Return the whole message. Refused if it is larger than `max_bytes`."""
+    def fetch(
+        self,
+        one: Announced,
+        max_bytes: int,
+        heard: Callable[[int, int], None],
+        pieces: dict[str, bytes] | None = None,
+    ) -> Message:
+        """Return the whole message. Refused if it is larger than `max_bytes`.
+
+        What has arrived is put into `pieces`, and what is there already is not fetched again: a
+        call that was cut off, or a message that is sent again, goes on from it.
+        """
         ids = list(dict.fromkeys(tree.object_id for tree in iterate_object_tree(one.tree)))
         if len(ids) > MAX_OBJECTS:
             raise Refused(f"a message of {len(ids)} objects, at most {MAX_OBJECTS} are taken")
-        contents: dict[str, bytes] = {}
-        size = 0
+        contents = {} if pieces is None else pieces
+        for gone in contents.keys() - set(ids):  # of another message
+            del contents[gone]
+        size = sum(map(len, contents.values()))
         for number, object_id in enumerate(ids):
             heard(number, len(ids))
+            if object_id in contents:
+                continue
             contents[object_id] = self._pull(one.run, object_id)
             size += len(contents[object_id])
             if size > max_bytes:
@@ -185,7 +200,8 @@ class Fleet:
             node=self._me, run_id=one.run, message_object_id=one.id
         )
         _call(self._client.ConfirmMessageReceived, request)
-        message = _inflated(one.id, contents)
+        message = _inflated(one.id, dict(contents))
+        contents.clear()
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, one.run, self.node
         return message
 
@@ -247,7 +263,10 @@ class Fleet:
             request = PullObjectRequest(node=self._me, run_id=run, object_id=object_id)
             got = _call(self._client.PullObject, request)
             if got.object_available:
-                return bytes(got.object_content)
+                content = bytes(got.object_content)
+                if get_object_id(content) != object_id:
+                    raise Refused(f"object {object_id[:12]}… has another content than its name")
+                return content
             if not got.object_found or time.monotonic() > end:
                 raise Over(f"object {object_id[:12]}… of the message is not there any more")
             time.sleep(pause)

@@ -78,7 +78,7 @@ def _convert(db: sqlite3.Connection) -> None:
 SITE = Format(
     name="privacy ledger",
     training="round",
-    adopt="anabranch site ledger SITE --adopt",
+    adopt="anabranch site ledger --adopt",
     application_id=0x416E6162,  # "Anab"
     version=2,
     kinds=KINDS,

@@ -76,6 +76,7 @@ class Agent:
         self._fleet: Fleet | None = None
         self._pause = 0.0
         self._checked = False  # whether the preflight has been made
+        self._pieces: dict[str, bytes] = {}  # of a message that is not whole yet
         self._refused = ""  # the last message that was refused unread: why
 
     def serve(self) -> None:
@@ -168,7 +169,7 @@ class Agent:
         try:
             if wants == ours:
                 limit = read_policy(self.folder).limits.message_bytes
-                return fleet.fetch(announced, limit, self._moved("receiving"))
+                return self._fetch(fleet, announced, limit)
             text = (
                 f"the run is for other software (app {wants[:12]}…) than this site has (app "
                 f"{ours[:12]}…, anabranch {version()}): install the version that it was proposed "
@@ -183,6 +184,22 @@ class Agent:
         reply = Message(pack_refused(refused), reply_to=fleet.bare(announced))
         self._answer(fleet, reply, 0.0)
         return None
+
+    def _fetch(self, fleet: Fleet, announced: Announced, limit: int) -> Message:
+        """Fetch a message piece by piece; while the coordinator is away, try again."""
+        pause = 0.5
+        while True:
+            try:
+                got = fleet.fetch(announced, limit, self._moved("receiving"), self._pieces)
+            except Unreachable as error:
+                self.doing.set(reason=str(error))
+                self._link = str(error)
+                if self.stop.wait(pause):
+                    raise
+                pause = min(2 * pause, PAUSE_S)
+                continue
+            self._link = ""
+            return got
 
     def _answer(self, fleet: Fleet, reply: Message, seconds: float) -> None:
         """Send an answer; while the coordinator is away, try again. It is stored, if a delta."""

@@ -1,4 +1,4 @@
-"""A systemd user unit for a site's agent: `anabranch site serve FOLDER --print-unit`.
+"""A systemd user unit for a site's agent: `anabranch site serve --print-unit`.
 
 It may write to the site's folder and to the folder of the ledger's witnesses, and to nothing else
 but its own /tmp; it gains no privileges. Options that need capabilities, which a user's service
@@ -51,7 +51,7 @@ def unit(
 ) -> str:
     """Return the unit. `memory_mb` in MiB and `cores` None: no limit."""
     where = folder.resolve()
-    command = [python, "-m", "anabranch.cli.main", "site", "serve", str(where)]
+    command = [python, "-m", "anabranch.cli.main", "site", "serve", "--folder", str(where)]
     limits = ""
     if memory_mb is not None:
         limits += f"MemoryMax={memory_mb}M\n"

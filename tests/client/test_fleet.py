@@ -122,6 +122,39 @@ def test_an_upload_that_was_cut_goes_on_where_it_was(grid: SuperLinkGrid, fleet:
     assert data(answer) == data(reply)
 
 
+def test_a_download_that_was_cut_goes_on_where_it_was(
+    grid: SuperLinkGrid, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, pieces = os.urandom(3 << 20), dict[str, bytes]()
+    push(grid, fleet, raw)
+    announced = received(fleet)
+
+    class Cut(Exception):
+        pass
+
+    def cut(done: int, total: int) -> None:
+        if done == total - 1:
+            raise Cut
+
+    with pytest.raises(Cut):
+        fleet.fetch(announced, 1 << 30, cut, pieces)
+    had = len(pieces)
+    calls: list[str] = []
+    real = fleet._pull
+
+    def counted(run: int, object_id: str) -> bytes:
+        calls.append(object_id)
+        return real(run, object_id)
+
+    monkeypatch.setattr(fleet, "_pull", counted)
+    message = fleet.fetch(announced, 1 << 30, note, pieces)
+
+    assert data(message) == raw
+    assert had >= 3
+    assert len(calls) == 1  # only what was missing
+    assert pieces == {}
+
+
 def test_more_bytes_than_allowed_are_not_taken(grid: SuperLinkGrid, fleet: Fleet) -> None:
     push(grid, fleet, os.urandom(2 << 20))
 

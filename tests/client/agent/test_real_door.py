@@ -48,7 +48,7 @@ def test_a_site_joins_reports_renews_and_leaves(
         assert door.hello().federation == "heart"
     assert identity.certificate() != old
     assert here.federation.state.reports()["cardiology"].report.ready
-    assert run(["site", "leave", str(folder), "--reason", "moved"]) == 0
+    assert run(["site", "leave", "-f", str(folder), "--reason", "moved"]) == 0
     left = here.federation.state.site("cardiology")
     assert left is not None
     assert left.status == "left"

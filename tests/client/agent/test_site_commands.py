@@ -50,7 +50,7 @@ def test_one_command_makes_a_site_that_is_ready(
     assert f"{site}: site.toml, policy.toml, contract.toml, identity/" in out
     assert "  ok  data         40 records keep the contract\n" in out
     assert "s per round, and " in out
-    assert out.endswith(f"ready: start with `anabranch site serve {site}`\n")
+    assert out.endswith(f"ready: start with `anabranch site serve --folder {site}`\n")
 
 
 def test_an_invitation_on_standard_input_is_in_no_argument(
@@ -81,10 +81,10 @@ def test_bad_records_join_and_end_with_1_and_the_reason(
     out, err = capsys.readouterr()
     assert joined(folder)
     assert "b: not a number: row 1" in out
-    assert f"not ready (data): then `anabranch site preflight {folder}`" in out
+    assert f"not ready (data): then `anabranch site preflight --folder {folder}`" in out
     assert "zebra" not in out + err
     records.write_text("a,b,y\n1,2,yes\n3,4,no\n")
-    assert run(["site", "preflight", str(folder)]) == 0
+    assert run(["site", "preflight", "-f", str(folder)]) == 0
     assert "ready: start with" in capsys.readouterr().out
 
 
@@ -101,7 +101,7 @@ def test_a_used_invitation_says_what_to_do(
 
 def test_preflight_is_machine_readable(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert run(["site", "preflight", str(site), "--json"]) == 0
+    assert run(["site", "preflight", "-f", str(site), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ready"] is True
     assert {"name", "ok", "value", "sentence"} == set(found["checks"][0])
@@ -112,7 +112,7 @@ def test_serve_hands_over_to_the_agent(
 ) -> None:
     served: list[Path] = []
     monkeypatch.setattr(agent_module, "serve", served.append)
-    assert run(["site", "serve", str(site)]) == 0
+    assert run(["site", "serve", "-f", str(site)]) == 0
     second = tmp_path / "second"
     command = ["site", "join", door.invite().text(), "--data", str(records)]
     assert run([*command, "--folder", str(second), "--serve"]) == 0
@@ -125,7 +125,7 @@ def test_a_unit_holds_the_limits_of_the_policy(
     policy = site / "policy.toml"
     policy.write_text(policy.read_text().replace("# memory_mb = 8192", "memory_mb = 2048"))
     capsys.readouterr()
-    assert run(["site", "serve", str(site), "--print-unit"]) == 0
+    assert run(["site", "serve", "-f", str(site), "--print-unit"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("[Unit]\nDescription=Anabranch site cardiology of heart\n")
     assert "MemoryMax=2048M\n" in out
@@ -136,10 +136,10 @@ def test_status_says_that_the_agent_is_not_running(
     site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert run(["site", "status", str(site)]) == 1
+    assert run(["site", "status", "-f", str(site)]) == 1
     out = capsys.readouterr().out
     assert "agent        the agent is not running; start it with `anabranch site serve`" in out
-    assert run(["site", "status", str(site), "--json"]) == 1
+    assert run(["site", "status", "-f", str(site), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["running"] is False
 
 
@@ -151,7 +151,7 @@ def test_status_is_watched_until_it_is_stopped(
 
     monkeypatch.setattr(time, "sleep", stop)
     capsys.readouterr()
-    run(["site", "status", str(site), "--watch"])
+    run(["site", "status", "-f", str(site), "--watch"])
     assert "cardiology of heart" in capsys.readouterr().out
 
 
@@ -159,18 +159,18 @@ def test_leave_is_told_and_can_be_repeated(
     site: Path, door: Coordinator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert run(["site", "leave", str(site), "--reason", "moved"]) == 0
+    assert run(["site", "leave", "-f", str(site), "--reason", "moved"]) == 0
     assert "the coordinator took note" in capsys.readouterr().out
     assert door.seen[-1].path == "/site/leave"
-    assert run(["site", "leave", str(site), "--json"]) == 0
+    assert run(["site", "leave", "-f", str(site), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["was_joined"] is False
-    assert run(["site", "status", str(site)]) == 1
+    assert run(["site", "status", "-f", str(site)]) == 1
     assert "has not joined a federation" in capsys.readouterr().err
 
 
 def test_the_audit_log_is_verified_offline(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert run(["site", "log", "verify", "--site", str(site)]) == 0
+    assert run(["site", "log", "verify", "-f", str(site)]) == 0
     assert "whole: " in capsys.readouterr().out
     log = site / "audit.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"joined"', b'"jointd"'))
@@ -180,5 +180,5 @@ def test_the_audit_log_is_verified_offline(site: Path, capsys: pytest.CaptureFix
 
 def test_policy_is_one_of_the_verbs(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert run(["site", "policy", str(site)]) == 0
+    assert run(["site", "policy", "-f", str(site)]) == 0
     assert "0 runs wait for an answer" in capsys.readouterr().out

@@ -18,7 +18,7 @@ def test_a_unit_is_hardened_and_restarts() -> None:
     assert found["PrivateTmp"] == "yes"
     assert found["Restart"] == "always"
     assert found["ReadWritePaths"] == "/srv/site /state"
-    assert found["ExecStart"].endswith(" -m anabranch.cli.main site serve /srv/site")
+    assert found["ExecStart"].endswith(" -m anabranch.cli.main site serve --folder /srv/site")
     assert found["WantedBy"] == "default.target"
     assert not {"MemoryMax", "CPUQuota"} & set(found)
 
@@ -35,5 +35,5 @@ def test_odd_paths_are_written_as_systemd_reads_them() -> None:
     assert found["WorkingDirectory"] == '/s/my "100%%" $HOME'
     assert found["ReadWritePaths"] == r'"/s/my \"100%%\" $HOME"'
     assert found["ExecStart"] == (
-        r'"/opt/py thon" -m anabranch.cli.main site serve "/s/my \"100%%\" $$HOME"'
+        r'"/opt/py thon" -m anabranch.cli.main site serve --folder "/s/my \"100%%\" $$HOME"'
     )

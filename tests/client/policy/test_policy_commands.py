@@ -71,25 +71,25 @@ def state(site: Path) -> str:
 def test_it_shows_every_value_and_how_many_wait(
     site: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["site", "policy", *verb, str(site)]) == 0
+    assert run(["site", "policy", *verb, "-f", str(site)]) == 0
     out = capsys.readouterr().out
     assert "privacy.epsilon_max = 8.0\n" in out
     assert 'approval.mode = "each run"\n' in out
     assert "limits.cores = any\n" in out
     assert out.endswith("\n1 runs wait for an answer\n")
 
-    assert run(["site", "policy", *verb, str(site), "--json"]) == 0
+    assert run(["site", "policy", *verb, "-f", str(site), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["policy"]["cohort"] == {"minimum": 3, "secure_aggregation": "optional"}
     assert shown["pending"] == 1
 
 
 def test_it_lists_what_was_proposed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["site", "policy", "list", "--site", str(site)]) == 0
+    assert run(["site", "policy", "list", "-f", str(site)]) == 0
     out = capsys.readouterr().out
     assert digest(site)[:12] in out
     assert "pending" in out
-    assert run(["site", "policy", "list", "--site", str(site), "--json"]) == 0
+    assert run(["site", "policy", "list", "-f", str(site), "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["runs"]
     assert (entry["digest"], entry["proposal"]["author"]) == (digest(site), "anna")
 
@@ -98,7 +98,7 @@ def test_an_approval_shows_the_run_and_is_logged(
     site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = digest(site)[:12]
-    assert run(["site", "policy", "approve", short, "--site", str(site), "--yes"]) == 0
+    assert run(["site", "policy", "approve", short, "-f", str(site), "--yes"]) == 0
     out = capsys.readouterr().out
     assert "reads       x (number), y (label)\n" in out
     assert "privacy     record-level epsilon 2, delta 1e-06\n" in out
@@ -106,9 +106,9 @@ def test_an_approval_shows_the_run_and_is_logged(
     assert out.endswith(f"{short} is approved\n")
     assert state(site) == "approved"
 
-    assert run(["site", "policy", "reject", short, "--site", str(site), "--yes"]) == 0
+    assert run(["site", "policy", "reject", short, "-f", str(site), "--yes"]) == 0
     assert state(site) == "rejected"
-    assert run(["site", "policy", "approve", short, "--site", str(site), "--yes"]) == 1
+    assert run(["site", "policy", "approve", short, "-f", str(site), "--yes"]) == 1
     assert "a rejection is final" in capsys.readouterr().err
     log = (site / "audit.jsonl").read_text()
     assert log.count('"kind":"run-approved"') == 1  # an answer that does not count is not logged
@@ -124,15 +124,15 @@ def test_nothing_is_approved_without_a_yes(
 
     for answer in ("", "n\n", "\n"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
-        assert run(["site", "policy", "approve", digest(site), "--site", str(site)]) == 1
+        assert run(["site", "policy", "approve", digest(site), "-f", str(site)]) == 1
         assert state(site) == "pending"
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    assert run(["site", "policy", "approve", digest(site), "--site", str(site)]) == 0
+    assert run(["site", "policy", "approve", digest(site), "-f", str(site)]) == 0
     assert state(site) == "approved"
 
 
 def test_a_prefix_is_not_guessed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["site", "policy", "approve", digest(site)[:7], "--site", str(site), "--yes"]
+    arguments = ["site", "policy", "approve", digest(site)[:7], "-f", str(site), "--yes"]
     assert run(arguments) == 1
     assert "expected at least 8 hex digits" in capsys.readouterr().err
 
@@ -140,7 +140,7 @@ def test_a_prefix_is_not_guessed(site: Path, capsys: pytest.CaptureFixture[str])
 def test_a_run_is_held_against_the_policy_line_by_line(
     site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["site", "policy", "check", str(RUN), "--site", str(site), "--author", "anna"]
+    arguments = ["site", "policy", "check", str(RUN), "-f", str(site), "--author", "anna"]
     assert run(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -154,9 +154,9 @@ def test_a_run_is_held_against_the_policy_line_by_line(
     ]
 
     write_policy(site, policy_of(privacy={"required": False}, cohort={"minimum": 2}))
-    assert run(["site", "policy", "check", str(RUN), "--site", str(site), "--json"]) == 0
+    assert run(["site", "policy", "check", str(RUN), "-f", str(site), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
-    assert run(["site", "policy", "check", str(RUN), "--site", str(site), "--author", "eve"]) == 1
+    assert run(["site", "policy", "check", str(RUN), "-f", str(site), "--author", "eve"]) == 1
     assert "NO     author    eve is not among" in capsys.readouterr().out
 
 
@@ -164,7 +164,7 @@ def test_a_policy_that_cannot_be_trusted_is_said_by_every_verb(
     site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (site / FILE).chmod(0o666)
-    for verb in (["show", str(site)], ["check", str(RUN), "--site", str(site)]):
+    for verb in (["show", "-f", str(site)], ["check", str(RUN), "-f", str(site)]):
         assert run(["site", "policy", *verb]) == 1
         assert "other users may write to it" in capsys.readouterr().err
 
