@@ -1,6 +1,7 @@
 # make demo    set up, then four hospitals fine-tune one encoder (minutes)
 # make test    set up, then the tests
 # make check   ruff, mypy, import rules      make test-slow   the slow tests
+# make test-faults   kills at every step, bad networks, bad machines; part of the slow tests
 # make bench   all benchmarks, in full       make venv        set-up alone
 # make proto   edge/generated from protocols/edge.proto
 PYTHON ?= python3.11
@@ -11,19 +12,22 @@ PACKAGE := pyproject.toml constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow check bench proto venv clean
+.PHONY: demo test test-slow test-faults check bench proto venv clean
 
 demo: .venv/installed-demo
 	$(BIN)/anabranch demo
 
 # Tests are many small steps: a second thread would only wait for the first.
-test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow test-faults: export OMP_NUM_THREADS ?= 1
 
 test: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m pytest -m slow --timeout 1500
+
+test-faults: .venv/installed-all
+	$(BIN)/python -m pytest tests/faults -m slow --timeout 900
 
 check: .venv/installed-all
 	$(BIN)/ruff format --check .

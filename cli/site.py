@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anabranch.cli import site_agent, site_policy
+from anabranch.cli.folders import SITE, SiteFolder
 from anabranch.cli.output import Json, emit, table
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ def check(
 
 @app.command()
 def ledger(
-    site: Annotated[Path, typer.Argument(help="The site's folder, with its site.toml.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Check chain, rows, witnesses, and epsilon twice.")
     ] = False,
@@ -58,6 +58,7 @@ def ledger(
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Accept a restored or lost ledger, and record it.")
     ] = False,
+    folder: SiteFolder = SITE,
     as_json: Json = False,
 ) -> int:
     """Show what the site's records have spent, over all runs. Nothing is sent."""
@@ -66,23 +67,23 @@ def ledger(
     if sum((verify, export is not None, contains is not None, adopt)) > 1:
         raise typer.BadParameter("give one of --verify, --export, --contains and --adopt")
     if verify:
-        checked = reports.verify(site)
+        checked = reports.verify(folder)
         emit(checked.as_dict(), _verified(checked), as_json=as_json)
         return 0 if checked.ok else 1
     if export is not None:
-        count = reports.export(site, export)
+        count = reports.export(folder, export)
         emit({"file": str(export), "events": count}, f"{export}: {count} events", as_json=as_json)
         return 0
     if contains is not None:
-        there = reports.contains(site, contains)
+        there = reports.contains(folder, contains)
         text = f"{contains[:16]}… is {'' if there else 'NOT '}in the chain"
         emit({"contains": there}, text, as_json=as_json)
         return 0 if there else 1
     if adopt:
-        head = reports.adopt(site)
+        head = reports.adopt(folder)
         emit({"head": head}, f"accepted and recorded; the head is {head}", as_json=as_json)
         return 0
-    report = reports.report(site)
+    report = reports.report(folder)
     emit(report.as_dict(), _report(report), as_json=as_json)
     return 0
 

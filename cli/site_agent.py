@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from anabranch.cli.folders import SITE, SiteFolder, option
+from anabranch.cli.logs import Heads, LogFile, LogKey, verify_log
 from anabranch.cli.output import Json, emit
 
 if TYPE_CHECKING:
@@ -15,10 +17,7 @@ if TYPE_CHECKING:
     from anabranch.client.agent.preflight import Preflight
 
 log = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The audit log.")
-SITE = Path("site")
-Folder = Annotated[
-    Path, typer.Argument(help="The site's folder.", envvar="ANABRANCH_SITE", show_default="site")
-]
+LOG = "%(asctime)s %(levelname)s %(message)s"
 DeviceName = Literal["cpu", "cuda"]
 
 
@@ -33,9 +32,7 @@ def join(
     data: Annotated[
         Path, typer.Option("--data", help="Your records: CSV, TSV, JSONL, Parquet, or a folder.")
     ],
-    folder: Annotated[
-        Path, typer.Option("--folder", help="Where the site lives; made if missing.")
-    ] = SITE,
+    folder: SiteFolder = SITE,
     device: Annotated[
         DeviceName | None, typer.Option("--device", help="Where to train; cpu unless said.")
     ] = None,
@@ -47,7 +44,7 @@ def join(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Join a federation: make keys, get a certificate, check records and machine."""
+    """Join a federation. Makes keys, gets a certificate, checks records and machine."""
     from anabranch.client.agent.join import join_site, read_invitation
 
     report = join_site(read_invitation(invitation), data, folder, device=device, max_rank=max_rank)
@@ -59,7 +56,7 @@ def join(
     return 0
 
 
-def preflight(folder: Folder = SITE, as_json: Json = False) -> int:
+def preflight(folder: SiteFolder = SITE, as_json: Json = False) -> int:
     """Check whether the site is ready. Trains one batch, keeps nothing of it."""
     from anabranch.client.agent.preflight import preflight as look
 
@@ -69,7 +66,7 @@ def preflight(folder: Folder = SITE, as_json: Json = False) -> int:
 
 
 def serve(
-    folder: Folder = SITE,
+    folder: SiteFolder = SITE,
     print_unit: Annotated[
         bool, typer.Option("--print-unit", help="Print a systemd user unit instead.")
     ] = False,
@@ -83,7 +80,7 @@ def serve(
 
 
 def status(
-    folder: Folder = SITE,
+    folder: SiteFolder = SITE,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")
     ] = False,
@@ -106,7 +103,7 @@ def status(
 
 
 def leave(
-    folder: Folder = SITE,
+    folder: SiteFolder = SITE,
     reason: Annotated[
         str, typer.Option("--reason", help="A sentence for the coordinator's operator.")
     ] = "",
@@ -115,7 +112,7 @@ def leave(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Leave the federation: destroy key and certificate, keep ledger, audit log and policy."""
+    """Leave the federation. Destroys key and certificate, keeps ledger, audit log and policy."""
     from anabranch.client.agent.leaving import leave as go
 
     left = go(folder, reason, offline=offline)
@@ -126,27 +123,14 @@ def leave(
 
 @log.command()
 def verify(
-    file: Annotated[
-        Path | None, typer.Argument(help="A log; default: that of the site's folder.")
-    ] = None,
-    key: Annotated[
-        str | None, typer.Option(help="The public key that must have signed it.")
-    ] = None,
-    contains: Annotated[
-        list[str] | None, typer.Option("--contains", help="A head that must be in it.")
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option("--site", help="The site's folder.", envvar="ANABRANCH_SITE")
-    ] = SITE,
+    file: LogFile = None,
+    key: LogKey = None,
+    contains: Heads = None,
+    folder: SiteFolder = SITE,
     as_json: Json = False,
 ) -> int:
     """Verify every line of the audit log: hashes, signatures, witnesses. Needs no network."""
-    from anabranch.storage.audit_log import log_report
-
-    path = folder / "audit.jsonl" if file is None else file
-    result, text, whole = log_report(path, key, contains or ())
-    emit(result, text, as_json=as_json)
-    return 0 if whole else 1
+    return verify_log(folder / "audit.jsonl" if file is None else file, key, contains, as_json)
 
 
 def joined_text(report: JoinReport) -> str:
@@ -180,10 +164,12 @@ def preflight_text(found: Preflight, folder: Path) -> str:
             "per run"
         )
     if found.ready:
-        lines.append(f"ready: start with `anabranch site serve {folder}`")
+        lines.append(f"ready: start with `anabranch site serve{option(folder)}`")
     else:
         names = ", ".join(check.name for check in found.checks if not check.ok)
-        lines.append(f"not ready ({names}): then `anabranch site preflight {folder}`")
+        lines.append(
+            f"not ready ({names}): mend that, then `anabranch site preflight{option(folder)}`"
+        )
     return "\n".join(lines)
 
 
@@ -192,7 +178,7 @@ def _serve(folder: Path) -> None:
 
     from anabranch.client.agent.agent import serve as run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     run(folder)
 

@@ -12,24 +12,22 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from anabranch.cli.folders import SITE, SiteFolder
 from anabranch.cli.output import Json, emit, table
 
 if TYPE_CHECKING:
     from anabranch.client.policy.approvals import Approvals, Entry
 
-SITE = Path("site")
-Folder = Annotated[Path, typer.Argument(help="The site's folder, with its policy.toml.")]
-Site = Annotated[Path, typer.Option("--site", envvar="ANABRANCH_SITE", help="The site's folder.")]
 Digest = Annotated[str, typer.Argument(help="Of the proposal: at least 8 hex digits.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 class Verbs(TyperGroup):
-    """`policy FOLDER` is `policy show FOLDER`."""
+    """`policy` alone is `policy show`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the verb in that is left out."""
-        if not args or (args[0] not in self.commands and args[0] != "--help"):
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
             args = ["show", *args]
         return super().parse_args(ctx, args)
 
@@ -43,9 +41,7 @@ app = typer.Typer(
 
 @app.command()
 def show(
-    folder: Annotated[
-        Path, typer.Argument(help="The site's folder.", envvar="ANABRANCH_SITE")
-    ] = SITE,
+    folder: SiteFolder = SITE,
     as_json: Json = False,
 ) -> int:
     """Show every value of the policy that is in force."""
@@ -53,6 +49,7 @@ def show(
     from anabranch.client.policy.policy_file import read_policy
     from anabranch.client.policy.review import policy_text, policy_values
 
+    _require_site(folder)
     policy, entries = read_policy(folder), Approvals(folder).entries()
     waiting = sum(entry.state == "pending" for entry in entries.values())
     text = f"{policy_text(policy)}\n\n{waiting} runs wait for an answer"
@@ -61,12 +58,13 @@ def show(
 
 
 @app.command("list")
-def list_runs(site: Site = SITE, as_json: Json = False) -> int:
+def list_runs(folder: SiteFolder = SITE, as_json: Json = False) -> int:
     """List the runs that were proposed to this site, the oldest first."""
     from anabranch.client.policy.approvals import Approvals
     from anabranch.client.policy.review import entry_values
 
-    entries = list(Approvals(site).entries().values())
+    _require_site(folder)
+    entries = list(Approvals(folder).entries().values())
     rows = [(e.digest[:12], e.state, e.proposal.run[:40], e.proposal.author, e.by) for e in entries]
     text = table(("proposal", "state", "run", "author", "by"), rows) if rows else "none yet"
     emit({"runs": [entry_values(entry) for entry in entries]}, text, as_json=as_json)
@@ -74,13 +72,15 @@ def list_runs(site: Site = SITE, as_json: Json = False) -> int:
 
 
 @app.command()
-def approve(digest: Digest, site: Site = SITE, yes: Yes = False, as_json: Json = False) -> int:
+def approve(
+    digest: Digest, folder: SiteFolder = SITE, yes: Yes = False, as_json: Json = False
+) -> int:
     """Approve exactly this run. Shows it first."""
-    approvals, entry = _known(site, digest, as_json=as_json)
+    approvals, entry = _known(folder, digest, as_json=as_json)
     if not yes:
         typer.confirm("Approve this run?", abort=True, err=True)
     by = getpass.getuser()
-    record = _logging(site, "run-approved", by)
+    record = _logging(folder, "run-approved", by)
     _done(approvals.approve(entry.digest, by=by, now=time.time(), record=record), as_json=as_json)
     return 0
 
@@ -88,17 +88,17 @@ def approve(digest: Digest, site: Site = SITE, yes: Yes = False, as_json: Json =
 @app.command()
 def reject(
     digest: Digest,
-    site: Site = SITE,
+    folder: SiteFolder = SITE,
     reason: Annotated[str, typer.Option("--reason", help="For your own records.")] = "",
     yes: Yes = False,
     as_json: Json = False,
 ) -> int:
-    """Reject a run for good, or withdraw its approval: from its next message on."""
-    approvals, entry = _known(site, digest, as_json=as_json)
+    """Reject a run for good. An approval is withdrawn from the next message on."""
+    approvals, entry = _known(folder, digest, as_json=as_json)
     if not yes:
         typer.confirm("Reject this run? It cannot be approved later.", abort=True, err=True)
     by = getpass.getuser()
-    record = _logging(site, "run-rejected", by, reason=reason[:200])
+    record = _logging(folder, "run-rejected", by, reason=reason[:200])
     after = approvals.reject(entry.digest, by=by, now=time.time(), reason=reason, record=record)
     _done(after, as_json=as_json)
     return 0
@@ -107,7 +107,7 @@ def reject(
 @app.command()
 def check(
     run: Annotated[Path, typer.Argument(help="A run.toml.")],
-    site: Site = SITE,
+    folder: SiteFolder = SITE,
     author: Annotated[str | None, typer.Option("--author", help="Who would propose it.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -115,7 +115,8 @@ def check(
     from anabranch.client.files import read_run
     from anabranch.client.policy.review import check_run
 
-    lines = check_run(site, read_run(run), author)
+    _require_site(folder)
+    lines = check_run(folder, read_run(run), author)
     ok = all(line.ok is not False for line in lines)
     words = {True: "yes", False: "NO", None: "later"}
     text = "\n".join(f"{words[line.ok]:<6} {line.what:<9} {line.sentence}" for line in lines)
@@ -124,15 +125,25 @@ def check(
     return 0 if ok else 1
 
 
-def _known(site: Path, digest: str, *, as_json: bool) -> tuple[Approvals, Entry]:
+def _require_site(folder: Path) -> None:
+    """Raise ConfigError unless a site lives in `folder`, or lived there."""
+    from anabranch.client.agent.identity import Identity
+    from anabranch.client.policy.policy_file import FILE
+
+    if not (folder / FILE).exists():
+        Identity(folder)
+
+
+def _known(folder: Path, digest: str, *, as_json: bool) -> tuple[Approvals, Entry]:
     """Return the entry, shown to whoever is about to answer."""
     from anabranch.client.policy.approvals import Approvals
     from anabranch.client.policy.review import entry_text, used
 
-    approvals = Approvals(site)
+    _require_site(folder)
+    approvals = Approvals(folder)
     entry = approvals.find(digest)
     if not as_json:
-        typer.echo(f"{entry_text(entry)}\n{'used':<11} {used(site, entry.proposal.run)}")
+        typer.echo(f"{entry_text(entry)}\n{'used':<11} {used(folder, entry.proposal.run)}")
     return approvals, entry
 
 
@@ -142,14 +153,14 @@ def _done(entry: Entry, *, as_json: bool) -> None:
     emit(entry_values(entry), f"{entry.digest[:12]} is {entry.state}", as_json=as_json)
 
 
-def _logging(site: Path, kind: str, by: str, **more: object) -> Callable[[Entry], object]:
+def _logging(folder: Path, kind: str, by: str, **more: object) -> Callable[[Entry], object]:
     """Return what writes an answer to the site's audit log."""
     from anabranch.client.agent.identity import Identity
     from anabranch.storage.audit_log import AuditLog
 
-    identity = Identity(site)
+    identity = Identity(folder)
     who = f"site {identity.name} of {identity.federation}"
-    log = AuditLog(site / "audit.jsonl", site / "audit.key", who)
+    log = AuditLog(folder / "audit.jsonl", folder / "audit.key", who)
     return lambda entry: log.append(
         kind,
         proposal=entry.digest,

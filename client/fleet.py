@@ -15,6 +15,7 @@ Checked against flwr 1.41 and 1.42; tests/client/test_fleet.py tells when a rele
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(1 << 20))
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
@@ -30,7 +30,7 @@ import httpx
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
+from flwr.app.message import array, remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -66,12 +66,16 @@ from google.protobuf.message import DecodeError
 from anabranch.client.flower import DESCRIBE
 from anabranch.protocols.errors import ProtocolError, RunError
 
+# Of an array in one object: the door takes no more. (Flower reads its environment when it is
+# imported, which may have been before this module is.)
+vars(array)["FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"] = 1 << 20
 BEAT_S = 4.0
 INTERVAL_S = 10.0  # that Flower is told; it takes a node for gone after twice this
 CALL_S = 60.0  # one piece over a slow link: 1 MiB at 0.15 Mbit/s
 OVER = 2007  # Flower's code: the run is not running any more
 MAX_ANSWER = 16 << 20  # bytes of one answer; a piece of an array has 1 MiB
 MAX_OBJECTS = 4096  # of one message: 4 GiB in pieces
+HASH = re.compile(r"[0-9a-f]{64}")  # of a message, or of an app
 TYPES = frozenset({"train", "evaluate", DESCRIBE})  # of a message, as client_app serves them
 
 T = TypeVar("T")
@@ -138,6 +142,7 @@ class Fleet:
         )
         self.node = 0
         self._upload: _Upload | None = None
+        self._app = (0, "")  # the run that was asked for last, and the hash of its app
 
     def connect(self, known: int = 0) -> int:
         """Return the node's id; `known` is what an earlier process was told, if any."""
@@ -162,12 +167,20 @@ class Fleet:
             return None
         if not reply.message_object_trees:
             raise Refused("a message that names no objects")
-        return Announced(reply.messages_list[0], reply.message_object_trees[0])
+        announced = Announced(reply.messages_list[0], reply.message_object_trees[0])
+        if HASH.fullmatch(announced.id) is None:
+            raise Refused("a message without a name")
+        return announced
 
     def app(self, run: int) -> str:
-        """Return the hash of the app that a run wants to be run."""
-        reply = _call(self._client.GetRun, GetRunRequest(node=self._me, run_id=run))
-        return str(reply.run.fab_hash)
+        """Return the hash of the app that a run wants to be run; a run's never changes."""
+        if self._app[0] != run:
+            reply = _call(self._client.GetRun, GetRunRequest(node=self._me, run_id=run))
+            wants = str(reply.run.fab_hash)
+            if HASH.fullmatch(wants) is None:
+                raise Refused("a run that names no app")
+            self._app = (run, wants)
+        return self._app[1]
 
     def fetch(
         self,

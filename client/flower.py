@@ -141,7 +141,8 @@ def answer(message: Message, context: Context, site_for: SiteFor, work: Work, wh
         name = site.name
         content = work(site, message.content)
     except AnabranchError as error:
-        log.warning("%s refuses %s: %s", name, what, error)
+        if not isinstance(error, PolicyError):  # it has been told by the policy (client/policy)
+            log.warning("%s refuses %s: %s", name, what, error)
         content = pack_refused(Refused(site=name, reason=reason_of(error), message=str(error)))
     except Exception as error:  # the boundary: Flower would send its text
         log.exception("%s failed in %s", name, what)

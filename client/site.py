@@ -65,7 +65,7 @@ from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.training import steps_per_round
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import DataError, PrivacyError
+from anabranch.protocols.errors import DataError, PrivacyError, ProtocolError
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.storage.files import write_atomic
@@ -249,6 +249,8 @@ class Site:
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Return metrics of `adapter` on the held-out records; refused in a private run.
 
+        Refused, too, in a run whose configuration asks no site to evaluate.
+
         Tensors that the run keeps at the site take the place of those in `adapter`. Metrics of
         the model with the private adapter, if there is one yet, have names with "personal_".
         """
@@ -257,6 +259,10 @@ class Site:
             raise PrivacyError(
                 "client evaluation would release metrics that [privacy] does not cover: set "
                 "federation.client_evaluation = false"
+            )
+        if not config.federation.client_evaluation:
+            raise ProtocolError(
+                "the run asks no site to evaluate: federation.client_evaluation = false"
             )
         require_within_budget(self._file.budget, config)
         self._tell("preparing")

@@ -57,7 +57,12 @@ def read_site(folder: Path) -> SiteFile:
     file = folder / "site.toml"
     try:
         return msgspec.toml.decode(file.read_bytes(), type=SiteFile)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: {error.strerror}. `anabranch site join` makes a site's folder, which holds "
+            "site.toml with name and data; name it with --folder"
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{file}: {error}. A site's folder holds site.toml with name and data"
         ) from None

@@ -66,6 +66,8 @@ class Desk:
     holds   name -> its last report. With it, letters that were lost are sent again
     wait    is told what is waited for whenever that changes; None: nothing
     asked   is told what became of every question to every site
+    later_s how long a round waits for sites whose owners are to approve the run, or whose hours
+            are to begin; 0: no longer than for others
     now     seconds since 1970, UTC
     """
 
@@ -74,6 +76,7 @@ class Desk:
     holds: Callable[[], Mapping[str, Reported]] | None = None
     wait: Callable[[Wait | None], None] | None = None
     asked: Callable[[str, Asked], None] | None = None
+    later_s: float = 0.0
     now: Callable[[], float] = time.time
 
 

@@ -84,7 +84,8 @@ class Exchange:
     def connect(self, number: int) -> Mapping[str, Peer]:
         """Return the sites that have nothing left to answer, once there are enough of them.
 
-        Raises RunError if there are fewer than the quorum after `connect_s`.
+        Raises RunError if there are fewer than the quorum after `connect_s`, or, while sites are
+        there whose owner or hours are waited for, after the desk's `later_s`.
         """
         federation = self.config.federation
         need = federation.quorum
@@ -92,10 +93,18 @@ class Exchange:
             need = max(need, federation.cohort or 0)
         self.retry()
         started = self.clock()
+        deadline, patient = started + self.connect_s, False
+        latest = started + max(self._desk.later_s, self.connect_s)
 
         def enough() -> bool:
-            self.invite(started + self.connect_s)
+            self.invite(deadline)
             return self.roster.settled() and len(self.roster.available()) >= need
+
+        def later() -> bool:
+            return self._desk.later_s > self.connect_s and bool(self._later())
+
+        def enough_or_other() -> bool:
+            return enough() or later() is not patient
 
         then = f"round {number} begins with those that are there, if they are {federation.quorum}"
         waiting = Waiting(
@@ -104,12 +113,18 @@ class Exchange:
             then=f"{then} or more; else the run fails",
             since=started,
         )
-        self.until(enough, started + self.connect_s, waiting)
+        while True:
+            self.until(enough_or_other, deadline, waiting)
+            if later() is patient:
+                break
+            patient = not patient
+            deadline = latest if patient else min(latest, self.clock() + self.connect_s)
         self.over()
         self.roster.give_up()
         peers = self.roster.available()
         if len(peers) < federation.quorum:
-            raise RunError(self.too_few(number, peers))
+            waited = self.connect_s if deadline <= started + self.connect_s else deadline - started
+            raise RunError(self.too_few(number, peers, waited))
         return peers
 
     def ask(self, question: Question[Any], contents: Mapping[str, RecordDict]) -> None:
@@ -291,15 +306,22 @@ class Exchange:
     def _why_connecting(self, what: str) -> str:
         here, owners = len(self.roster.available()), self.roster.waiting()
         asked = f"; {', '.join(owners)}: the owner is to approve the run" if owners else ""
+        closed = self.roster.closed()
+        asked += f"; {', '.join(closed)}: outside the hours of the site" if closed else ""
         return f"{what}, {here} are there{asked}"
+
+    def _later(self) -> list[str]:
+        """Return the connected sites that may come once their owners or hours allow it."""
+        return self.roster.waiting() + self.roster.closed()
 
     # What errors say
 
-    def too_few(self, number: int, peers: Mapping[str, Peer]) -> str:
+    def too_few(self, number: int, peers: Mapping[str, Peer], waited: float | None = None) -> str:
         """Return what to say when too few sites are connected."""
+        waited = self.connect_s if waited is None else waited
         return (
             f"round {number}: {self.config.federation.quorum} sites are needed, after "
-            f"{self.connect_s:g} s there are {len(peers)}{_listed(peers)}; start the missing "
+            f"{waited:.6g} s there are {len(peers)}{_listed(peers)}; start the missing "
             "clients, or lower federation.quorum" + _lines(self.roster.problems())
         )
 

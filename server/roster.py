@@ -6,7 +6,8 @@ node is asked once who it is, and from then on names count.
 With a roster of the coordinator's (`names`: node -> name) a node is the site that its key says: one
 that is not on it is asked nothing, and one that calls itself otherwise is refused. Refusals that
 pass by themselves are asked again every `retry_s`: a site whose owner is to approve the run, and a
-node that may be put on the roster any moment.
+node that may be put on the roster any moment. Others are asked again every MEND_S, for somebody may
+have mended what was wrong; not an owner who has rejected the run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from anabranch.server.mailbox import Mailbox
 
 ROSTER = "roster"  # the reason of a node that is not on the roster under its name
 STRANGER = Failure(ROSTER, "this node is not on the coordinator's roster: revoked, or not taken in")
+FINAL = re.compile(r"\brejected this run\b")
+MEND_S = 60.0
 WAITS = re.compile(r"\bwait(s|ing) for\b")  # the words of client/policy/rules.py
 CLOSED = re.compile(r"\boutside the hours\b")
 
@@ -56,6 +59,7 @@ class Roster:
         self._describe, self._ttl_s = describe, ttl_s
         self._name_of, self._clock, self._retry_s = names, clock, retry_s
         self._retried = clock()  # when those that may pass were asked again
+        self._mended = clock()  # when all were
         self._boots: dict[int, str] = {}  # of a node's process when it said who it is
         self._asked: set[int] = set()
         self._silent: set[int] = set()  # nodes that were waited for in vain
@@ -109,7 +113,13 @@ class Roster:
         if not self._failures or now < self._retried + self._retry_s:
             return
         self._retried = now
-        passing = {node for node, one in self._failures.items() if node in nodes and passes(one)}
+        mended = self._name_of is not None and now >= self._mended + MEND_S
+        self._mended = now if mended else self._mended
+        passing = {
+            node
+            for node, one in self._failures.items()
+            if node in nodes and (passes(one) or (mended and not FINAL.search(one.message)))
+        }
         if passing - self._mail.busy():
             self._asked -= passing - self._mail.busy()
             self._all_asked = None
@@ -183,6 +193,15 @@ class Roster:
             if node in nodes and awaits_approval(failure)
         )
 
+    def closed(self) -> list[str]:
+        """Return the connected sites that are outside their hours, ascending."""
+        nodes = self._mail.nodes()
+        return sorted(
+            failure.site or f"node {node}"
+            for node, failure in self._failures.items()
+            if node in nodes and failure.reason == "policy" and CLOSED.search(failure.message)
+        )
+
     def available(self) -> Mapping[str, Peer]:
         """Return name -> site of those that are connected and have nothing left to answer.
 
@@ -232,8 +251,12 @@ class Roster:
 
 def passes(failure: Failure) -> bool:
     """Whether a refusal may pass without anybody starting the site anew."""
-    closed = failure.reason == "policy" and CLOSED.search(failure.message) is not None
-    return failure == STRANGER or closed or awaits_approval(failure)
+    return failure == STRANGER or (failure.reason == "policy" and waits(failure.message))
+
+
+def waits(message: str) -> bool:
+    """Whether a policy's refusal passes by itself: its owner has not answered, or the hours."""
+    return WAITS.search(message) is not None or CLOSED.search(message) is not None
 
 
 def awaits_approval(failure: Failure) -> bool:

@@ -18,36 +18,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import httpcore
 import httpx
 from flwr.app import Error, Message, Metadata
 from flwr.app.message import make_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto
-from flwr.proto.control_pb2 import (
-    ListNodesRequest,
-    RegisterNodeRequest,
-    StartRunRequest,
-    StopRunRequest,
-    UnregisterNodeRequest,
-)
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
-from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
-    PullAppMessagesRequest,
-    PullTaskInputRequest,
-    PushTaskOutputRequest,
-    SendTaskHeartbeatRequest,
-)
+from flwr.proto import control_pb2, message_pb2, runtime_pb2
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
@@ -58,8 +42,10 @@ from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
+from google.protobuf.message import DecodeError
 
 from anabranch.protocols.errors import RunError
+from anabranch.server import unix_http
 from anabranch.storage.files import locked
 
 BASE = "http://superlink"  # what stands in requests; the socket decides where they go
@@ -67,6 +53,18 @@ CALL_S = 30.0
 BEAT_S = 8.0
 CHUNK = str(1 << 20)  # bytes of an array in one object: what a slow link repeats at most
 SESSION_S = 180.0  # Flower's own limit between two objects of one reply
+
+log = logging.getLogger(__name__)
+
+CONCERNS = {  # Flower's middleware -> the paths it looks at; a millisecond for all other requests
+    "ControlSensitiveResponseMiddleware": "/v1/control/",
+    "ControlAuthenticationMiddleware": "/v1/control/",
+    "ControlLicenseMiddleware": "/v1/control/",
+    "ControlEventLogMiddleware": "/v1/control/",
+    "RuntimeTracingMiddleware": "/v1/runtime/",
+    "NodeAuthMiddleware": "/v1/fleet/",
+    "FleetEventLogMiddleware": "/v1/fleet/",
+}
 
 C = TypeVar("C", bound=ProtobufClient)
 T = TypeVar("T")
@@ -97,33 +95,27 @@ def serve(path: Path, database: Path) -> None:
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
     from flwr.superlink.main import create_app
+    from starlette.middleware import Middleware
 
     config = SuperLinkLifespanConfig(
-        control_address="127.0.0.1:0",
-        health_server_address=None,
-        host="127.0.0.1",
-        port=0,
-        insecure=True,  # TLS is the door's
-        certificates=None,
-        superexec_auth_secret=None,
-        authn_plugin=NoOpControlAuthnPlugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
-        enable_supernode_auth=True,
-        fleet_api_type="grpc-rere",
-        fleet_api_address=None,
-        simulation=False,
-        ssl_ca_certfile=None,
-        ssl_certfile=None,
-        ssl_keyfile=None,
-        database=str(database),
-        isolation="process",
-        runtime_dependency_install=False,
-    )
+        host="127.0.0.1", port=0, control_address="127.0.0.1:0", health_server_address=None,
+        fleet_api_address=None, fleet_api_type="grpc-rere",
+        insecure=True, certificates=None,  # TLS is the door's
+        ssl_ca_certfile=None, ssl_certfile=None, ssl_keyfile=None,
+        enable_supernode_auth=True, superexec_auth_secret=None,
+        authn_plugin=NoOpControlAuthnPlugin(), enable_event_log=False, event_log_plugin=None,
+        fleet_event_log_plugin=None, database=str(database), artifact_provider=None,
+        simulation=False, isolation="process", runtime_dependency_install=False,
+    )  # fmt: skip
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    app = create_app(config, SuperLinkLifespan)
+    flower = create_app(config, SuperLinkLifespan)
+    flower.user_middleware = [
+        Middleware(unix_http.Only, inner=one, prefix=CONCERNS[name])
+        if (name := getattr(one.cls, "__name__", "")) in CONCERNS
+        else one
+        for one in flower.user_middleware
+    ]
+    app = unix_http.whole_bodies(flower)
     uvicorn.run(app, uds=str(path), log_level="warning", access_log=False)
 
 
@@ -136,11 +128,9 @@ class SuperLink:
     def ready(self) -> bool:
         """Whether it answers."""
         try:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(str(self.socket))
             with self._http(timeout=5.0) as http:
                 return http.get("/health").is_success
-        except (httpx.TransportError, OSError):
+        except httpx.TransportError:
             return False
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -158,15 +148,16 @@ class SuperLink:
         for node, key in self.nodes().items():
             if key == public_key:
                 return node
+        request = control_pb2.RegisterNodeRequest(public_key=public_key)
         with self._control() as control:
-            reply = _call(control.RegisterNode, RegisterNodeRequest(public_key=public_key))
+            reply = _call(control.RegisterNode, request)
         return int(reply.node_id)
 
     def unregister(self, node: int) -> None:
         """Remove a node; one that is not there is no error."""
         with self._control() as control:
             try:
-                control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+                control.UnregisterNode(control_pb2.UnregisterNodeRequest(node_id=node))
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != 404:
                     raise _gone(error) from None
@@ -176,7 +167,7 @@ class SuperLink:
     def nodes(self) -> dict[int, bytes]:
         """Return the registered nodes: id -> public key (PEM)."""
         with self._control() as control:
-            reply = _call(control.ListNodes, ListNodesRequest())
+            reply = _call(control.ListNodes, control_pb2.ListNodesRequest())
         return {
             one.node_id: one.public_key for one in reply.nodes_info if one.status != "unregistered"
         }
@@ -193,7 +184,8 @@ class SuperLink:
                 self._stop(stale)
             with self._control() as control:
                 fab = Fab(hashlib.sha256(app).hexdigest(), app, {})
-                started = _call(control.StartRun, StartRunRequest(fab=fab_to_proto(fab)))
+                request = control_pb2.StartRunRequest(fab=fab_to_proto(fab))
+                started = _call(control.StartRun, request)
             token = self._claim(int(started.run_id))
         grid = SuperLinkGrid(self, int(started.run_id), token)
         try:
@@ -206,7 +198,7 @@ class SuperLink:
         """Return the token of the task of `run`; tasks of runs whose process is gone end."""
         with self._client(RuntimeHttpClient) as runtime:
             while True:
-                request = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
+                request = runtime_pb2.AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
                 got = _call(runtime.AcquireTask, request)
                 if not got.token:
                     raise SuperLinkGone(f"the SuperLink gives no task for its run {run}")
@@ -217,7 +209,7 @@ class SuperLink:
     def _stop(self, run: int) -> None:
         with self._control() as control:
             try:
-                control.StopRun(StopRunRequest(run_id=run))
+                control.StopRun(control_pb2.StopRunRequest(run_id=run))
             except httpx.HTTPStatusError:
                 return  # it has ended, or was never there
             except httpx.HTTPError as error:
@@ -234,26 +226,7 @@ class SuperLink:
         return client
 
     def _http(self, timeout: float) -> httpx.Client:
-        transport = httpx.HTTPTransport()
-        transport._pool = httpcore.ConnectionPool(
-            uds=str(self.socket), network_backend=_Sockets(), keepalive_expiry=5.0
-        )
-        return httpx.Client(transport=transport, base_url=BASE, timeout=timeout)
-
-
-class _Sockets(httpcore.SyncBackend):
-    """Connects Unix sockets; httpcore alone leaves those open that cannot be connected."""
-
-    def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Any = None
-    ) -> httpcore.NetworkStream:
-        """Return a connected stream."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(path)
-            except OSError as error:
-                raise httpcore.ConnectError(str(error)) from None
-        return super().connect_unix_socket(path, timeout, socket_options)
+        return unix_http.client(self.socket, BASE, timeout)
 
 
 @dataclass(eq=False)
@@ -284,7 +257,7 @@ class SuperLinkGrid(HttpGrid):
     def begin(self) -> None:
         """Take over the task of the run, and keep it alive."""
         client = self._runtime_client
-        task = _call(client.PullTaskInput, PullTaskInputRequest())
+        task = _call(client.PullTaskInput, runtime_pb2.PullTaskInputRequest())
         TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
         TaskIdentity.node_id = task.context.node_id
         self.set_run(run_from_proto(task.run))
@@ -297,8 +270,9 @@ class SuperLinkGrid(HttpGrid):
         self._closed.set()
         if self._client is None:
             return
+        request = runtime_pb2.PushTaskOutputRequest(sub_status=SubStatus.COMPLETED)
         try:
-            self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
+            self._client.PushTaskOutput(request)
         except httpx.HTTPError:
             self._arriving.clear()
         super().close()
@@ -322,7 +296,7 @@ class SuperLinkGrid(HttpGrid):
 
     def _announced(self, wanted: list[str]) -> None:
         """Take note of the replies that are announced."""
-        request = PullAppMessagesRequest(message_ids=wanted)
+        request = runtime_pb2.PullAppMessagesRequest(message_ids=wanted)
         reply = self._guarded(lambda: self._runtime_client.PullMessages(request))
         for proto, tree in zip(reply.messages_list, reply.message_object_trees, strict=True):
             ids = [one.object_id for one in iterate_object_tree(tree)]
@@ -340,7 +314,7 @@ class SuperLinkGrid(HttpGrid):
         with self._link._client(RuntimeHttpClient, self._token) as client:
             while not self._closed.wait(BEAT_S):
                 try:
-                    alive = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+                    alive = client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest()).success
                 except httpx.TransportError:
                     continue  # it is away; the calls of the grid say so
                 except httpx.HTTPStatusError as error:
@@ -364,17 +338,17 @@ class SuperLinkGrid(HttpGrid):
                 del self._arriving[key]
                 return _lost(one.proto)
             one.contents[object_id], one.heard = got.object_content, time.monotonic()
-        request = ConfirmMessageReceivedRequest(
+        request = message_pb2.ConfirmMessageReceivedRequest(
             node=self.node, run_id=self.flower_run, message_object_id=key
         )
         self._guarded(lambda: self._runtime_client.ConfirmMessageReceived(request))
         del self._arriving[key]
-        message = cast(Message, inflate_object_from_contents(key, one.contents))
-        message.metadata.__dict__["_message_id"] = key
-        return message
+        return _whole(one.proto, one.contents) or _lost(one.proto)
 
     def _pull(self, object_id: str) -> Any:
-        request = PullObjectRequest(node=self.node, run_id=self.flower_run, object_id=object_id)
+        request = message_pb2.PullObjectRequest(
+            node=self.node, run_id=self.flower_run, object_id=object_id
+        )
         return self._guarded(lambda: self._runtime_client.PullObject(request))
 
     def _guarded(self, call: Callable[[], T]) -> T:
@@ -386,8 +360,35 @@ class SuperLinkGrid(HttpGrid):
             raise _gone(error) from None
 
 
+def _whole(proto: Any, contents: dict[str, bytes]) -> Message | None:
+    """Return the message that these objects are; None if they are not the one announced.
+
+    A site's bytes: Flower's parsers declare no errors, and what the objects say of their source is
+    not what the SuperLink has checked.
+    """
+    about = proto.metadata
+    try:
+        message = inflate_object_from_contents(about.message_id, contents)
+        if not isinstance(message, Message):
+            raise TypeError("not a message")
+        said = message.metadata
+        if (said.run_id, said.src_node_id, said.reply_to_message_id) != (
+            about.run_id, about.src_node_id, about.reply_to_message_id,
+        ):  # fmt: skip
+            raise ValueError("another message than the one announced")
+        said.__dict__["_message_id"] = about.message_id
+        message.has_error() or message.content  # reads it
+    except (
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+        MemoryError, DecodeError,
+    ) as error:  # fmt: skip
+        log.warning("an answer that cannot be read: %s", type(error).__name__)
+        return None
+    return message
+
+
 def _lost(proto: Any) -> Message:
-    """Return Flower's error for a reply that was not uploaded in time."""
+    """Return Flower's error for a reply that was not uploaded in time, or cannot be read."""
     about = proto.metadata
     metadata = Metadata(
         run_id=about.run_id,

@@ -32,7 +32,7 @@ from anabranch.protocols.identity.audit import (
     require_next,
     require_signed,
 )
-from anabranch.storage.files import locked
+from anabranch.storage.files import locked, open_to_others
 from anabranch.storage.witness import state_folder
 
 GAP, TORN = "gap", "torn"  # kinds of line that the log writes by itself
@@ -216,10 +216,10 @@ def lost_at(path: Path) -> list[Witness]:
 
 def read_log_key(path: Path) -> Ed25519PrivateKey:
     """Return the key in a file. Raises ConfigError for a mode with more than the owner's rights."""
-    if os.name == "posix" and path.stat().st_mode & 0o077:
+    if mode := open_to_others(path):
         raise ConfigError(
-            f"{path}: mode {path.stat().st_mode & 0o777:04o}, others may read or change the key; "
-            f"expected 0600: chmod 600 {path}"
+            f"{path}: mode {mode}, others may read or change the key; expected 0600: "
+            f"chmod 600 {path}"
         )
     try:
         return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text("ascii")))

@@ -132,6 +132,15 @@ def locked(path: Path, *, busy: str = "") -> Iterator[None]:
         os.close(handle)
 
 
+def open_to_others(path: Path) -> str:
+    """Return the mode of a file that others than its owner may read or change, as 0644; else "".
+
+    Without POSIX modes the answer is "".
+    """
+    mode = path.stat().st_mode & 0o777
+    return f"{mode:04o}" if os.name == "posix" and mode & 0o077 else ""
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

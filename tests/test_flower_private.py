@@ -16,7 +16,12 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS: list[str] = list(PYPROJECT["tool"]["setuptools"]["package-dir"].values())
 PUBLIC = {"app", "clientapp", "serverapp", "simulation"}
-ADAPTERS = {"simulations/grid.py", "server/superlink.py", "client/fleet.py"}  # one per side
+ADAPTERS = {  # one per side, and what the one may say to the other
+    "simulations/grid.py",
+    "server/superlink.py",
+    "server/fleet_calls.py",
+    "client/fleet.py",
+}
 
 
 def private_names(source: str) -> list[str]:

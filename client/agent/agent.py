@@ -26,15 +26,18 @@ from types import FrameType
 from flwr.app import Context, Message, RecordDict
 
 from anabranch.client.agent.door import Door, renew_if_needed
-from anabranch.client.agent.identity import Identity
+from anabranch.client.agent.identity import PRIVATE_FOLDER, Identity
 from anabranch.client.agent.preflight import preflight
 from anabranch.client.agent.status import agent_state, write_state
 from anabranch.client.agent.work import Doing, Told
+from anabranch.client.answers import OTHERS
 from anabranch.client.fleet import BEAT_S, Announced, Fleet, Over, Refused, Unreachable
 from anabranch.client.flower import client_app, pack_refused
 from anabranch.client.policy.code import app_hash, code_digest, version
 from anabranch.client.policy.guard import GuardedSite
 from anabranch.client.policy.policy_file import read_policy
+from anabranch.client.policy.rules import NotAllowed
+from anabranch.client.question import FOLDER
 from anabranch.client.site import Site
 from anabranch.protocols import messages
 from anabranch.protocols.errors import AnabranchError, PolicyError, RunError
@@ -45,6 +48,7 @@ REPORT_S = 2.0  # between two reports, at most; a change is told at once
 BUSY_S, IDLE_S = 0.1, 1.0  # between two looks for a message: just after work, and later
 QUIET_S = 3.0  # without a message, before the preflight is made
 PAUSE_S = 15.0  # between two attempts, at most
+RENEW_S = 20.0  # between two renewals of the certificate, at least
 SKEW_S = 60.0  # a clock that is further off is named as the reason
 NODE = "identity/node"  # Flower's id of this site's node
 
@@ -67,28 +71,34 @@ class Agent:
             f"site {self.identity.name} of {self.identity.federation}",
         )
         self.doing = Doing(version(), self.clock)
-        guarded = GuardedSite(
+        self.guarded = GuardedSite(
             self.folder, Site(self.folder, watch=self._watch), audit=self.audit, clock=self.clock
         )
-        self.told = Told(guarded, self.doing)
+        self.told = Told(self.guarded, self.doing)
         self.app = client_app(lambda context: self.told)
         self._link = "not connected yet"  # why the coordinator is not reached; "": it is
         self._fleet: Fleet | None = None
         self._pause = 0.0
         self._checked = False  # whether the preflight has been made
         self._pieces: dict[str, bytes] = {}  # of a message that is not whole yet
-        self._refused = ""  # the last message that was refused unread: why
+        self._renewed = float("-inf")  # of the monotonic clock
 
     def serve(self) -> None:
         """Work until `stop` is set."""
         sweep(self.folder)
+        for name in (FOLDER, *OTHERS):  # what was learned from records is for the owner alone
+            (self.folder / name).mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+            (self.folder / name).chmod(PRIVATE_FOLDER)
         keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         keeper.start()
-        self.audit.append("agent-started", version=version(), code=code_digest())
+        written = False
         while not self.stop.is_set():
             try:
+                if not written:
+                    self.audit.append("agent-started", version=version(), code=code_digest())
+                    written = True
                 self._attend()
-            except AnabranchError as error:
+            except (AnabranchError, OSError) as error:  # OSError: a full disk
                 self._lost(error)
         keeper.join(timeout=5.0)
         self.audit.append("agent-stopped")
@@ -116,6 +126,7 @@ class Agent:
                     continue
                 if self.identity.certificate() != certificate:
                     return  # renewed: the next connection shows the new one
+                self.told.rest()
                 waited = time.monotonic() - quiet
                 if waited > QUIET_S and not self._checked:
                     self._preflight()
@@ -177,9 +188,7 @@ class Agent:
             )
         except PolicyError as error:
             text = str(error)
-        if text != self._refused:  # of the same kind one in the log is enough
-            self.audit.append("refused", code="app", app=wants, message=text)
-            self._refused = text
+        self.guarded.journal.refusal(str(announced.run), None, NotAllowed("code", text))
         refused = messages.Refused(site=self.identity.name, reason="policy", message=text)
         reply = Message(pack_refused(refused), reply_to=fleet.bare(announced))
         self._answer(fleet, reply, 0.0)
@@ -225,7 +234,7 @@ class Agent:
 
         return heard
 
-    def _lost(self, error: AnabranchError) -> None:
+    def _lost(self, error: Exception) -> None:
         """Say why there is no connection, and wait a little longer each time."""
         self._pause = min(max(0.5, 2 * self._pause), PAUSE_S)
         self._link = str(error)
@@ -245,13 +254,13 @@ class Agent:
                 heard = door.report(self.doing.report)
                 if abs(heard.time - self.clock()) > SKEW_S:
                     why = _skew(heard.time - self.clock())
-                if renew_if_needed(self.identity, door, self.clock(), heard.renew):
+                if self._renews(door, heard.renew):
                     self.audit.append("certificate-renewed", until=self.identity.expires)
                 fleet = self._fleet
                 if fleet is not None and time.monotonic() - beaten >= BEAT_S:
                     fleet.beat()
                     beaten = time.monotonic()
-            except AnabranchError as error:
+            except (AnabranchError, OSError) as error:
                 why = why or str(error)
                 if door is not None:
                     door.close()
@@ -260,6 +269,15 @@ class Agent:
             self.doing.changed.wait(REPORT_S)
             self.stop.wait(0.1)  # at most ten reports a second
         self._write("stopped by its owner")
+
+    def _renews(self, door: Door, asked: bool) -> bool:
+        """Renew the certificate if that is due; whatever a coordinator says, not all the time."""
+        now = time.monotonic()
+        if now - self._renewed < RENEW_S:
+            return False
+        renewed = renew_if_needed(self.identity, door, self.clock(), asked)
+        self._renewed = now if renewed else self._renewed
+        return renewed
 
     def _write(self, why: str) -> None:
         state = agent_state(self.doing.report, connected=not why, at=self.clock(), link=why)

@@ -22,7 +22,7 @@ from anabranch.protocols.errors import ConfigError, MalformedMessage, ProtocolEr
 from anabranch.protocols.identity import authority
 from anabranch.protocols.identity.proposal import Hex, Short
 from anabranch.protocols.tables import Name
-from anabranch.storage.files import write_atomic
+from anabranch.storage.files import open_to_others, write_atomic
 
 FOLDER = "identity"
 KEY, CERTIFICATE, ROOT, COORDINATOR = "site.key", "site.pem", "ca.pem", "coordinator.json"
@@ -85,12 +85,12 @@ class Identity:
         """Return site.key; raise ConfigError if anyone but its owner may read or change it."""
         path = self.home / KEY
         try:
-            mode = path.stat().st_mode & 0o777
+            mode = open_to_others(path)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; leave and join again") from None
-        if mode & 0o077:
+        if mode:
             raise ConfigError(
-                f"{path}: mode {mode:04o}, but a private key is for its owner alone: "
+                f"{path}: mode {mode}, but a private key is for its owner alone: "
                 f"chmod 600 {path}. If others use this machine, leave and join again"
             )
         return path
@@ -175,7 +175,7 @@ def unfinished_key(folder: Path) -> authority.Key | None:
     """Return the key of a join that was interrupted; None if there is none that can be used."""
     path = folder / FOLDER / KEY
     try:
-        if joined(folder) or path.stat().st_mode & 0o077:
+        if joined(folder) or open_to_others(path):
             return None
         return authority.read_private_key(path.read_bytes(), KEY)
     except (OSError, MalformedMessage):
@@ -253,7 +253,8 @@ def _coordinator(path: Path, folder: Path) -> Coordinator:
         return msgspec.json.decode(path.read_bytes(), type=Coordinator)
     except FileNotFoundError:
         raise ConfigError(
-            f"{folder}: has not joined a federation; run `anabranch site join INVITATION`"
+            f"{folder}: has not joined a federation; name the site's folder with --folder, or run "
+            "`anabranch site join INVITATION --data RECORDS`"
         ) from None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}; leave and join again") from None

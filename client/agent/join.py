@@ -111,7 +111,11 @@ def read_invitation(text: str, stdin: Callable[[], str] | None = None) -> Invita
     try:
         with path.open() as file:
             return Invitation.parse(file.read(MAX_INVITATION))
-    except (OSError, UnicodeDecodeError, ValueError):
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if text.startswith("@") and isinstance(error, OSError):  # its name may be the secret
+            raise ConfigError(
+                f"invitation: the file after @ cannot be read: {error.strerror}"
+            ) from None
         raise ConfigError(
             f"invitation: neither a string that begins with {PREFIX} nor a file that can be read; "
             "give the string, @FILE, or - to read it from standard input"

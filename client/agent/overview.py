@@ -5,6 +5,8 @@ A part that cannot be read is said to be so, in a sentence; the others are shown
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +17,17 @@ from typing import Any, TypeVar
 from anabranch.client.agent.identity import Identity
 from anabranch.client.agent.status import AgentState, read_state, running
 from anabranch.client.policy.approvals import Approvals
+from anabranch.client.policy.policy_file import read_policy
 from anabranch.client.site_file import ledger_of, read_site
 from anabranch.protocols.errors import AnabranchError, MalformedMessage
 from anabranch.protocols.identity.audit import MAX_LINE, Entry, read_line
 
 AUDIT = "audit.jsonl"
+SITE = Path("site")  # the folder of a site, unless another one is named
 LAST = 5  # lines of the audit log
 SHOWN = 160  # characters of an audit line's fields
+
+HASH = re.compile("[0-9a-f]{32,}")
 
 T = TypeVar("T")
 
@@ -30,6 +36,7 @@ T = TypeVar("T")
 class Overview:
     """One look at a site."""
 
+    folder: Path
     site: str
     federation: str
     address: str
@@ -70,7 +77,7 @@ class Overview:
         """Return why nothing is trained now, or "": a sentence."""
         state = self.state
         if not self.running or state is None:
-            return "the agent is not running; start it with `anabranch site serve`"
+            return f"the agent is not running; start it with `anabranch site serve{self._option}`"
         return state.reason if state.connected else state.link or state.reason
 
     def text(self) -> str:
@@ -83,18 +90,24 @@ class Overview:
             f"ledger       {self.spent} events",
         ]
         if self.pending:
-            lines.append(f"approvals    {len(self.pending)} pending: `anabranch site policy list`")
+            listed = f"`anabranch site policy list{self._option}`"
+            lines.append(f"approvals    {len(self.pending)} pending: {listed}")
             lines += [f"             {one}" for one in self.pending]
         lines += [f"problem      {one}" for one in self.problems]
         lines += ["", *self.audit] if self.audit else []
         return "\n".join(lines)
+
+    @property
+    def _option(self) -> str:
+        """How a command names the folder; nothing for the default."""
+        return "" if self.folder == SITE else f" --folder {shlex.quote(str(self.folder))}"
 
     def _agent(self) -> str:
         state = self.state
         if not self.running or state is None:
             return self.reason
         parts = [f"{state.activity} for {_duration(self.now - state.since)}"]
-        if state.run:
+        if state.run and state.activity != "idle":
             parts.append(f"run {state.run}" + f" round {state.round}" * bool(state.round))
         if state.steps:
             parts.append(f"step {state.step} of {state.steps}")
@@ -120,8 +133,10 @@ def overview(folder: Path, clock: Callable[[], float] = time.time) -> Overview:
         return 0 if found is None else found.count
 
     now = clock()
+    attempt(lambda: read_policy(folder), None)
     state = attempt(lambda: read_state(folder), None)
     return Overview(
+        folder=folder,
         site=identity.name,
         federation=identity.federation,
         address=identity.address,
@@ -154,8 +169,13 @@ def tail(path: Path, count: int = LAST) -> tuple[str, ...]:
 
 
 def _shown(entry: Entry) -> str:
-    fields = " ".join(f"{name}={value}" for name, value in entry.fields.items())
+    fields = " ".join(f"{name}={_short(value)}" for name, value in entry.fields.items())
     return f"{entry.time[:19]}  {entry.kind}  {fields[:SHOWN]}".rstrip()
+
+
+def _short(value: object) -> object:
+    """Return a hash by its first digits."""
+    return f"{value[:12]}…" if isinstance(value, str) and HASH.fullmatch(value) else value
 
 
 def _pending(folder: Path) -> tuple[str, ...]:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from anabranch.client.flower import SiteLike
+from anabranch.client.policy.rules import NotAllowed
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import PolicyError
+from anabranch.protocols.errors import ConfigError, DataError, PolicyError, PrivacyError
 from anabranch.protocols.identity.join import Activity, Report, plain
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
+
+WAIT_S = 60.0  # a run that waits for this site asks every few seconds: later it waits no more
+REFUSED_S = 600.0  # for which a refusal that does not pass by itself is told
+PASSING = ("pending", "hours")  # codes of refusals that pass: the owner answers, the hours begin
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -48,11 +57,24 @@ class Doing:
                 self.changed.set()
             if "reason" in about:
                 about["reason"] = plain(about["reason"])
+            if "run" in about:  # as the message says, before anybody has approved it
+                about["run"] = plain(about["run"], 200)
+            if "round" in about:
+                about["round"] = min(about["round"], 2**53)
             self.report = msgspec.structs.replace(now, **about)
 
     def watch(self, activity: Activity, step: int, steps: int) -> None:
         """Take a step of a site's work (client/site.py)."""
         self.set(activity, step=step, steps=steps)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a run was refused."""
+
+    sentence: str
+    passes: bool  # by itself, or with the owner's answer
+    until: float  # of the monotonic clock: for as long it is told
 
 
 @dataclass(eq=False)
@@ -61,7 +83,7 @@ class Told:
 
     site: SiteLike
     doing: Doing
-    waits: dict[str, str] = field(default_factory=dict)  # run -> what its owner has to do
+    refusals: dict[str, Refusal] = field(default_factory=dict)  # run -> the last one
 
     @property
     def name(self) -> str:
@@ -76,30 +98,52 @@ class Told:
     def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
         """Admit a run, or say what it waits for."""
         self.doing.set("preparing", run=run, round=0)
-        try:
+        with self._noting(run):
             self.site.admit(run, config, signed)
-        except PolicyError as error:
-            self.waits[run] = str(error)
-            raise
-        self.waits.pop(run, None)
 
     def sizes(self, config: RunConfig) -> Any:
         """Return the site's records, to be counted."""
-        return self.site.sizes(config)
+        with self._noting(self.doing.report.run):
+            return self.site.sizes(config)
 
     def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
         """Train."""
+        began = time.monotonic()
         self.doing.set("preparing", run=assignment.run, round=assignment.round)
-        return self.site.train(assignment, adapter)
+        with self._noting(assignment.run):
+            report, frame = self.site.train(assignment, adapter)
+        took = time.monotonic() - began
+        log.info(
+            "run %s: round %d trained in %.1f s, %.1f kB to be sent",
+            assignment.run, assignment.round, took, len(frame) / 1e3,
+        )  # fmt: skip
+        return report, frame
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Evaluate."""
         self.doing.set("evaluating", run=assignment.run, round=assignment.round)
-        return self.site.evaluate(assignment, adapter)
+        with self._noting(assignment.run):
+            return self.site.evaluate(assignment, adapter)
 
     def rest(self) -> None:
         """There is nothing to do now, or nothing before the owner has done something."""
-        if self.waits:
-            self.doing.set("waiting", reason="; ".join(self.waits.values()), message="")
-        else:
-            self.doing.set("idle", message="")
+        now = time.monotonic()
+        self.refusals = {run: one for run, one in self.refusals.items() if now < one.until}
+        waits = [one.sentence for one in self.refusals.values() if one.passes]
+        if waits:
+            self.doing.set("waiting", reason="; ".join(waits), message="")
+            return
+        refused = [f"refused run {run}: {one.sentence}" for run, one in self.refusals.items()]
+        self.doing.set("idle", reason="; ".join(refused), message="")
+
+    @contextmanager
+    def _noting(self, run: str) -> Iterator[None]:
+        """Keep why a run is refused, for as long as that is worth telling."""
+        try:
+            yield
+        except (PolicyError, DataError, ConfigError, PrivacyError) as error:
+            passes = isinstance(error, NotAllowed) and error.code in PASSING
+            until = time.monotonic() + (WAIT_S if passes else REFUSED_S)
+            self.refusals[run] = Refusal(str(error), passes, until)
+            raise
+        self.refusals.pop(run, None)

@@ -38,6 +38,7 @@ from anabranch.client.policy.rules import (
     seconds_left,
 )
 from anabranch.client.policy.usage import Usage, UsageBook, Used
+from anabranch.client.question import key_of
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PolicyError
@@ -176,7 +177,7 @@ class GuardedSite:
         signed: Signed | None,
         *,
         round: int = 0,
-        trains: bool = False,
+        question: str = "",
         down: int = 0,
     ) -> tuple[Policy, Usage]:
         """Return the policy, and what the run has used, if a message is allowed; or PolicyError."""
@@ -190,7 +191,8 @@ class GuardedSite:
             now=self.clock(),
             usage=self.book.read(run),
             round=round,
-            trains=trains,
+            trains=bool(question),
+            question=question,
             down=down,
             entries=entries,
         )
@@ -231,15 +233,21 @@ class GuardedSite:
         """Decide on a message, and count what is done inside the block."""
         run, number = assignment.run, assignment.round
         down = sum(array.nbytes for array in adapter.arrays.values())
+        question = key_of(assignment, adapter) if trains else ""
         with self._refusals(run, assignment.signed):
             policy, usage = self._decide(
-                run, assignment.config, assignment.signed, round=number, trains=trains, down=down
+                run,
+                assignment.config,
+                assignment.signed,
+                round=number,
+                question=question,
+                down=down,
             )
             self._require_memory(policy)
             hold_to_cores(policy.limits.cores)
             began = self.stopwatch()
             work = Work(policy, usage, number, began + seconds_left(policy, usage, number), began)
-            self._count(work, Used(trained=trains, down=down))
+            self._count(work, Used(questions=(question,) if trains else (), down=down))
             self._work = work
             try:
                 yield work

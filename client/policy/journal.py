@@ -65,7 +65,6 @@ class Journal:
 
     def refusal(self, run: str, signed: Signed | None, error: NotAllowed) -> None:
         """Write down a refusal, unless the same one, or too many, were written before."""
-        log.warning("%s refuses run %s: %s", self.name, run[:60], error)
         now, before = self.clock(), dict[str, int]()
         if now - self._begun >= REPEAT_S:
             before, self._repeated = self._repeated, {}
@@ -74,6 +73,7 @@ class Journal:
         if key in self._repeated:
             self._repeated[key] += 1
             return
+        log.warning("%s refuses run %s: %s", self.name, run[:60], error)
         if self._lines == LINES:
             return
         self._lines += 1

@@ -65,6 +65,7 @@ class Asked:
     usage: Usage
     round: int = 0  # 0: the message is of no round
     trains: bool = False  # it asks for training
+    question: str = ""  # if it does: what is asked, as client/question.py names it
     down: int = 0  # bytes that came with it
     entries: Mapping[str, Entry] = field(default_factory=dict)  # proposal digest -> answer
 
@@ -282,7 +283,7 @@ def _rounds_used(policy: Policy, asked: Asked) -> NotAllowed | None:
     planned, most = asked.config.federation.rounds, policy.limits.max_rounds
     if asked.round > planned:
         return NotAllowed("rounds", f"round {asked.round} of a run that has {planned}")
-    new = asked.trains and not asked.usage.round(asked.round).trained
+    new = asked.trains and asked.question not in asked.usage.round(asked.round).questions
     if new and asked.usage.trained >= most:
         return NotAllowed("rounds", f"this site has trained {most} rounds of this run: its limit")
     return None

@@ -1,8 +1,9 @@
 """usage/: what each run has had of this machine so far; exact over restarts.
 
-One file a run, replaced as a whole. A round counts once, however often it is asked for; seconds
-and bytes count as often as they were spent. A process that is killed while it trains has written
-down all but its last seconds (guard.py, CHECKPOINT_S).
+One file a run, replaced as a whole. A question to train counts once, however often it is asked;
+another one counts, also in a round that was trained before: with other adapters, answers of one
+round could be compared without end. Seconds and bytes count as often as they were spent. A process
+that is killed while it trains has written down all but its last seconds (guard.py, CHECKPOINT_S).
 """
 
 from __future__ import annotations
@@ -28,17 +29,16 @@ Bytes = Annotated[int, msgspec.Meta(ge=0)]
 class Used(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one round has had."""
 
-    trained: bool = False  # begun to train: an evaluation alone is no round
+    questions: tuple[str, ...] = ()  # that it began to train: an evaluation alone is no round
     seconds: NotNegative = 0.0
     down: Bytes = 0
     up: Bytes = 0
 
-    def plus(
-        self, *, trained: bool = False, seconds: float = 0.0, down: int = 0, up: int = 0
-    ) -> Used:
-        """Return the sum of both."""
+    def plus(self, *, question: str = "", seconds: float = 0.0, down: int = 0, up: int = 0) -> Used:
+        """Return the sum of both; `question`: one that is trained, "" if none is."""
+        known = not question or question in self.questions
         return Used(
-            trained=self.trained or trained,
+            questions=self.questions if known else (*self.questions, question),
             seconds=self.seconds + max(seconds, 0.0),
             down=self.down + down,
             up=self.up + up,
@@ -58,8 +58,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def trained(self) -> int:
-        """Return how many rounds have begun to train."""
-        return sum(used.trained for used in self.rounds.values())
+        """Return how many questions have begun to train: one a round, but of who compares."""
+        return sum(len(used.questions) for used in self.rounds.values())
 
     @property
     def total(self) -> Used:
@@ -72,8 +72,9 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def plus(self, number: int, more: Used) -> Usage:
         """Return the usage with more in one round."""
+        (question,) = more.questions or ("",)
         used = self.round(number).plus(
-            trained=more.trained, seconds=more.seconds, down=more.down, up=more.up
+            question=question, seconds=more.seconds, down=more.down, up=more.up
         )
         return msgspec.structs.replace(self, rounds={**self.rounds, number: used})
 
@@ -81,7 +82,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def total(rounds: Mapping[int, Used]) -> Used:
     """Return the sum over rounds."""
     return Used(
-        trained=any(used.trained for used in rounds.values()),
+        questions=tuple(one for used in rounds.values() for one in used.questions),
         seconds=sum(used.seconds for used in rounds.values()),
         down=sum(used.down for used in rounds.values()),
         up=sum(used.up for used in rounds.values()),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from cryptography.hazmat.primitives import hashes
 
 from anabranch.edge.gateway.asking import CLIENT, RECORD, spends_of
 from anabranch.edge.gateway.authority import (
@@ -28,6 +27,7 @@ from anabranch.edge.gateway.store import Row, Store, make_store
 from anabranch.edge.runtime.enrol import Invitation
 from anabranch.protocols import rdp
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.identity import authority as identity
 from anabranch.storage.files import write_atomic
 
 MAX_TOKENS = 10_000  # of one call
@@ -50,7 +50,7 @@ def make_gateway(folder: Path, file: GatewayFile) -> str:
 
 def fingerprint(paths: GatewayFolder) -> str:
     """Return the SHA-256 of the authority's certificate (DER), hex."""
-    return open_authority(paths.authority).certificate.fingerprint(hashes.SHA256()).hex()
+    return identity.fingerprint(open_authority(paths.authority).certificate)
 
 
 def invite(folder: Path, *, hours: float = 24.0, label: str = "", count: int = 1) -> list[str]:

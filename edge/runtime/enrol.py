@@ -18,7 +18,6 @@ last: a device is enrolled if it is there, so an interrupted enrolment leaves a 
 from __future__ import annotations
 
 import platform
-import re
 import socket
 import ssl
 from dataclasses import dataclass
@@ -29,14 +28,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from anabranch.edge.runtime.agent import FILE as MEMORY
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.spool import SUFFIX
 from anabranch.edge.runtime.trust import KEY_BYTES, add_trusted
-from anabranch.protocols.errors import DeviceError
+from anabranch.protocols.errors import DeviceError, MalformedMessage
+from anabranch.protocols.identity.authority import (
+    Key,
+    certificate_pem,
+    certificate_request,
+    fingerprint,
+    key_pem,
+    new_key,
+    read_certificate,
+    read_private_key,
+    to_be_renewed,
+)
+from anabranch.protocols.identity.invitation import Ticket
 from anabranch.storage.files import write_atomic
 
 if TYPE_CHECKING:
@@ -44,37 +53,24 @@ if TYPE_CHECKING:
 
 PRIVATE = 0o600
 HANDSHAKE_S = 20.0
-RENEW_SHARE = 1 / 3  # of a certificate's time: below it the device asks for a new one
 MAX_CHAIN = 8  # certificates of a handshake that are looked at
 MAX_NAME = 256  # characters of the name that a gateway gives a device
-_INVITATION = re.compile(
-    r"(?P<address>(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})"
-    r"/(?P<authority>[0-9a-f]{64})/(?P<secret>[A-Za-z0-9_-]{16,256})"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Invitation:
+class Invitation(Ticket):
     """What one device needs to enrol. The secret is good for one device; treat it as a password."""
-
-    address: str  # host:port
-    authority: str  # SHA-256 of the certificate authority's certificate (DER), hex
-    secret: str
-
-    def text(self) -> str:
-        """Return the string for the operator: `parse` reads it back."""
-        return f"{self.address}/{self.authority}/{self.secret}"
 
     @classmethod
     def parse(cls, text: str) -> Invitation:
         """Return the invitation in a string, or raise DeviceError. The secret is never repeated."""
-        match = _INVITATION.fullmatch(text.strip())
-        if match is None or not 0 < int(match["address"].rpartition(":")[2]) < 65536:
+        found = cls.read(text.strip())
+        if found is None:
             raise DeviceError(
                 "token: expected HOST:PORT/FINGERPRINT/SECRET as `anabranch edge gateway token` "
                 "prints it, in one piece"
             )
-        return cls(**match.groupdict())
+        return found
 
 
 class Enrolled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,11 +78,6 @@ class Enrolled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     device: str
     address: str  # host:port
-
-
-def fingerprint(certificate: x509.Certificate) -> str:
-    """Return the SHA-256 of a certificate in DER, hex."""
-    return certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def read_enrolled(home: Home) -> Enrolled:
@@ -123,8 +114,8 @@ def enrol(
             f"{home.folder}: this device is enrolled as {device!r}; --force enrols it anew"
         )
     root = _pinned(invitation, authority)
-    key = ec.generate_private_key(ec.SECP256R1())
-    reply = _call(invitation, root, _request(key))
+    key = new_key()
+    reply = _call(invitation, root, certificate_request(key))
     certificate = _checked(reply.certificate, key, root)
     if _read(reply.authority, "the gateway's authority") != root:
         raise DeviceError(
@@ -141,29 +132,29 @@ def enrol(
 
 
 def renew(home: Home, gateway: Gateway, now: datetime | None = None) -> bool:
-    """Replace the device's certificate if less than RENEW_SHARE of its time is left.
+    """Replace the device's certificate if less than a third of its time is left.
 
     The key stays; the answer is checked as in `enrol`. Returns whether it was replaced.
     """
     from anabranch.edge.generated import edge_pb2
 
     old = _read(home.certificate.read_bytes(), str(home.certificate))
-    left = old.not_valid_after_utc - (now or datetime.now(UTC))
-    if left > RENEW_SHARE * (old.not_valid_after_utc - old.not_valid_before_utc):
+    if not to_be_renewed(old, now or datetime.now(UTC)):
         return False
-    key = serialization.load_pem_private_key(home.device_key.read_bytes(), password=None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise DeviceError(f"{home.device_key}: not the key of this device; enrol again")
-    reply = gateway.enroll(edge_pb2.EnrollRequest(certificate_request=_request(key)))
+    try:
+        key = read_private_key(home.device_key.read_bytes(), "device.key")
+    except MalformedMessage:
+        raise DeviceError(f"{home.device_key}: not the key of this device; enrol again") from None
+    reply = gateway.enroll(edge_pb2.EnrollRequest(certificate_request=certificate_request(key)))
     root = _read(home.authority.read_bytes(), str(home.authority))
     certificate = _checked(reply.certificate, key, root)
-    write_atomic(home.certificate, certificate.public_bytes(serialization.Encoding.PEM))
+    write_atomic(home.certificate, certificate_pem(certificate))
     return True
 
 
 def _store(
     home: Home,
-    key: ec.EllipticCurvePrivateKey,
+    key: Key,
     certificate: x509.Certificate,
     root: x509.Certificate,
     bundle_keys: list[bytes],
@@ -179,12 +170,10 @@ def _store(
         task.forget(home, begun)
     for path in (home.folder / MEMORY, *home.spool.glob("*" + SUFFIX)):
         path.unlink(missing_ok=True)
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
-        write_atomic(home.device_key, secret, PRIVATE)
-        write_atomic(home.certificate, certificate.public_bytes(pem))
-        write_atomic(home.authority, root.public_bytes(pem))
+        write_atomic(home.device_key, key_pem(key), PRIVATE)
+        write_atomic(home.certificate, certificate_pem(certificate))
+        write_atomic(home.authority, certificate_pem(root))
         for public in bundle_keys:
             add_trusted(home.trusted, public, enrolled.address)
         write_atomic(home.gateway, msgspec.json.encode(enrolled))
@@ -200,7 +189,7 @@ def _pinned(invitation: Invitation, authority: bytes | None) -> x509.Certificate
         offered = [_read(authority, "the certificate authority's file")]
         where = "the given file"
     else:
-        offered = _chain(invitation.address)
+        offered = _chain(invitation)
         where = f"what {invitation.address} sends"
     for certificate in offered:
         if fingerprint(certificate) == invitation.authority:
@@ -212,21 +201,22 @@ def _pinned(invitation: Invitation, authority: bytes | None) -> x509.Certificate
     )
 
 
-def _chain(address: str) -> list[x509.Certificate]:
-    """Return the certificates that a server shows, unverified: the caller compares digests."""
-    host, _, port = address.rpartition(":")
+def _chain(invitation: Invitation) -> list[x509.Certificate]:
+    """Return the certificates that the gateway shows, unverified: the caller compares digests."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     try:
         with (
-            socket.create_connection((host.strip("[]"), int(port)), HANDSHAKE_S) as raw,
-            context.wrap_socket(raw, server_hostname=host.strip("[]")) as tls,
+            socket.create_connection((invitation.host, invitation.port), HANDSHAKE_S) as raw,
+            context.wrap_socket(raw, server_hostname=invitation.host) as tls,
         ):
             return [x509.load_der_x509_certificate(der) for der in _shown(tls)[:MAX_CHAIN]]
     except (OSError, ValueError) as error:
-        raise DeviceError(f"{address}: no TLS connection to the gateway ({error})") from None
+        raise DeviceError(
+            f"{invitation.address}: no TLS connection to the gateway ({error})"
+        ) from None
 
 
 def _shown(tls: ssl.SSLSocket) -> list[bytes]:
@@ -238,36 +228,27 @@ def _shown(tls: ssl.SSLSocket) -> list[bytes]:
     return [ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in inner.get_unverified_chain()]
 
 
-def _request(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Return a certificate request (PKCS #10) as PEM; the gateway chooses the name."""
-    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-
 def _call(invitation: Invitation, root: x509.Certificate, request: bytes) -> Any:
     """Return the gateway's EnrollReply."""
     from anabranch.edge.generated import edge_pb2
     from anabranch.edge.runtime.transport import Gateway, tls_channel
 
-    pem = root.public_bytes(serialization.Encoding.PEM)
     about = f"{platform.system()} {platform.machine()} Python {platform.python_version()}"
     message = edge_pb2.EnrollRequest(
         token=invitation.secret, certificate_request=request, platform=about
     )
-    with Gateway(tls_channel(invitation.address, pem)) as gateway:
+    with Gateway(tls_channel(invitation.address, certificate_pem(root))) as gateway:
         return gateway.enroll(message)
 
 
 def _read(pem: bytes, what: str) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError:
-        raise DeviceError(f"{what}: expected a certificate as PEM") from None
+        return read_certificate(pem, what)
+    except MalformedMessage as error:
+        raise DeviceError(str(error)) from None
 
 
-def _checked(
-    pem: bytes, key: ec.EllipticCurvePrivateKey, root: x509.Certificate
-) -> x509.Certificate:
+def _checked(pem: bytes, key: Key, root: x509.Certificate) -> x509.Certificate:
     """Return the issued certificate if it is for this key, by this authority, and valid now."""
     certificate = _read(pem, "the certificate that the gateway issued")
     if certificate.public_key() != key.public_key():

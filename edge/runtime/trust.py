@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from anabranch.edge.runtime.manifest import Digest
 from anabranch.protocols.errors import BundleError
 from anabranch.protocols.tables import Count, Name
-from anabranch.storage.files import locked, write_atomic
+from anabranch.storage.files import locked, open_to_others, write_atomic
 
 PREFIX = b"anabranch bundle\0"
 MAX_SIGNATURE = 512  # bytes of manifest.sig; it has about 250
@@ -98,13 +98,11 @@ def load_private(path: Path) -> Ed25519PrivateKey:
     A key that others on this machine can read is refused.
     """
     try:
-        data, mode = path.read_bytes(), path.stat().st_mode
+        data, mode = path.read_bytes(), open_to_others(path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
-    if os.name == "posix" and mode & 0o077:
-        raise BundleError(
-            f"{path}: mode {mode & 0o777:04o}, but nobody else may read a key; chmod 600 {path}"
-        )
+    if mode:
+        raise BundleError(f"{path}: mode {mode}, but nobody else may read a key; chmod 600 {path}")
     try:
         key = serialization.load_pem_private_key(data, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -10,6 +10,9 @@ holds one that could be a host's ("10.0.0.1", "ward.b") against the name constra
 Of a certificate request nothing is taken over but the public key, whose possession its signature
 proves. Server certificates are for servers, site certificates for clients alone
 (extendedKeyUsage), so neither passes for the other.
+
+A gateway's authority (edge/gateway/authority.py) is made of the same pieces: `self_signed`,
+`issued`, `request_key`, `client_uri` and the functions below them.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -34,6 +38,7 @@ PublicKey = ec.EllipticCurvePublicKey
 Time = datetime.datetime
 
 MAX_REQUEST = 8192  # bytes of a certificate request in PEM; a P-256 one has about 500
+P256 = {"secp256r1": "P-256 (secp256r1)"}  # OpenSSL's name of a curve -> its name in errors
 CA_DAYS, SERVER_DAYS, SITE_DAYS = 3650, 30, 90
 RENEW_SHARE = 1 / 3  # of a certificate's time: with less than this left it is to be renewed
 BACKDATED = datetime.timedelta(minutes=5)  # clocks differ
@@ -56,50 +61,70 @@ class Authority:
         self, key: PublicKey, hosts: Sequence[str], now: Time, days: float = SERVER_DAYS
     ) -> x509.Certificate:
         """Return a certificate for a server that is reached as any of `hosts` (names or IPs)."""
-        names = x509.SubjectAlternativeName([general_name(host) for host in hosts])
-        common = f"coordinator of {self.federation}"
-        return self._sign(key, common, names, ExtendedKeyUsageOID.SERVER_AUTH, now, days)
+        common, names = f"coordinator of {self.federation}", [general_name(host) for host in hosts]
+        end = now + datetime.timedelta(days=days)
+        return issued(self, key, common, names, ExtendedKeyUsageOID.SERVER_AUTH, now, end)
 
     def site(
         self, key: PublicKey, name: str, now: Time, days: float = SITE_DAYS
     ) -> x509.Certificate:
         """Return a certificate of the site `name` for a key."""
-        uri = x509.UniformResourceIdentifier(site_uri(self.federation, name))
-        names = x509.SubjectAlternativeName([uri])
-        return self._sign(key, f"site {name}", names, ExtendedKeyUsageOID.CLIENT_AUTH, now, days)
-
-    def _sign(
-        self,
-        key: PublicKey,
-        name: str,
-        names: x509.SubjectAlternativeName,
-        usage: x509.ObjectIdentifier,
-        now: Time,
-        days: float,
-    ) -> x509.Certificate:
-        end = min(now + datetime.timedelta(days=days), self.certificate.not_valid_after_utc)
-        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
-        return (
-            x509.CertificateBuilder()
-            .subject_name(_name(name))
-            .issuer_name(self.certificate.subject)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - BACKDATED)
-            .not_valid_after(end)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-            .add_extension(names, critical=False)
-            .add_extension(issuer, critical=False)
-            .sign(self.key, hashes.SHA256())
-        )
+        names = [x509.UniformResourceIdentifier(site_uri(self.federation, name))]
+        end = now + datetime.timedelta(days=days)
+        return issued(self, key, f"site {name}", names, ExtendedKeyUsageOID.CLIENT_AUTH, now, end)
 
 
 def new_authority(federation: str, hosts: Sequence[str], now: Time) -> Authority:
     """Return the authority of a new federation, which may only sign for `hosts` and its sites."""
-    key = new_key()
-    name = _name(f"{federation} authority")
-    certificate = (
+    constraints = _constraints(federation, hosts)
+    return Authority(federation, *self_signed(f"{federation} authority", now, constraints))
+
+
+class Signing(Protocol):
+    """What signs certificates: a key, and the certificate of that key."""
+
+    @property
+    def key(self) -> Key:
+        """The private key."""
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """Its certificate."""
+
+
+def issued(
+    by: Signing,
+    key: PublicKey,
+    common: str,
+    names: Sequence[x509.GeneralName],
+    usage: x509.ObjectIdentifier,
+    now: Time,
+    end: Time,
+) -> x509.Certificate:
+    """Return a certificate of `key` for `names`, valid to `end` but no longer than its issuer's."""
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(by.key.public_key())
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(common))
+        .issuer_name(by.certificate.subject)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(min(end, by.certificate.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(issuer, critical=False)
+        .sign(by.key, hashes.SHA256())
+    )
+
+
+def self_signed(
+    common: str, now: Time, constraints: x509.NameConstraints | None = None
+) -> tuple[Key, x509.Certificate]:
+    """Return the key and certificate of a new authority: path length 0, CA_DAYS."""
+    key, name = new_key(), _name(common)
+    builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -108,12 +133,12 @@ def new_authority(federation: str, hosts: Sequence[str], now: Time) -> Authority
         .not_valid_before(now - BACKDATED)
         .not_valid_after(now + datetime.timedelta(days=CA_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_constraints(federation, hosts), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(_signs_certificates(), critical=True)
-        .sign(key, hashes.SHA256())
     )
-    return Authority(federation, key, certificate)
+    if constraints is not None:
+        builder = builder.add_extension(constraints, critical=True)
+    return key, builder.sign(key, hashes.SHA256())
 
 
 def new_key() -> Key:
@@ -127,26 +152,41 @@ def certificate_request(key: Key) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def request_key(request: bytes) -> PublicKey:
+def request_key(
+    request: bytes, what: str = "certificate request", curves: Mapping[str, str] = P256
+) -> PublicKey:
     """Return the public key of a certificate request.
 
-    Raises MalformedMessage for one that is too large, cannot be read, is not signed by its own
-    key, or has a key that is not on P-256.
+    Raises MalformedMessage, naming `what`, for one that is too large, cannot be read, is not
+    signed by its own key, or has a key on none of the `curves`.
     """
     if len(request) > MAX_REQUEST:
-        raise MalformedMessage(
-            f"certificate request: {len(request)} bytes, at most {MAX_REQUEST} allowed"
-        )
+        raise MalformedMessage(f"{what}: {len(request)} bytes, at most {MAX_REQUEST} allowed")
     try:
         csr = x509.load_pem_x509_csr(request)
         key, signed = csr.public_key(), csr.is_signature_valid
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
-        raise MalformedMessage("certificate request: expected PKCS #10 in PEM") from None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
-        raise MalformedMessage("certificate request: expected a key on P-256")
+        raise MalformedMessage(f"{what}: expected PKCS #10 in PEM") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in curves:
+        raise MalformedMessage(f"{what}: expected a key on {' or '.join(curves.values())}")
     if not signed:
-        raise MalformedMessage("certificate request: not signed by its own key")
+        raise MalformedMessage(f"{what}: not signed by its own key")
     return key
+
+
+def client_uri(certificate: x509.Certificate, root: x509.Certificate) -> str | None:
+    """Return the URI of a client's certificate; None for one that is for something else.
+
+    Raises MalformedMessage unless `root` signed it. Its time is not looked at.
+    """
+    try:
+        certificate.verify_directly_issued_by(root)
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
+        raise MalformedMessage("certificate: not one of this authority") from None
+    uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
+    return uris[0] if ExtendedKeyUsageOID.CLIENT_AUTH in usage and len(uris) == 1 else None
 
 
 def site_of(certificate: x509.Certificate, root: x509.Certificate, now: Time) -> tuple[str, str]:
@@ -155,22 +195,17 @@ def site_of(certificate: x509.Certificate, root: x509.Certificate, now: Time) ->
     Raises ProtocolError unless `root` signed it for a site and its time has come and not passed.
     """
     try:
-        certificate.verify_directly_issued_by(root)
-        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
+        uri = client_uri(certificate, root)
+    except MalformedMessage:
         raise ProtocolError("certificate: not one of this federation; join again") from None
-    uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
-    if ExtendedKeyUsageOID.CLIENT_AUTH not in usage or len(uris) != 1:
+    parts = urlsplit(uri or "")
+    if parts.scheme != "anabranch" or not parts.path.startswith("/site/"):
         raise ProtocolError("certificate: not one of a site; join again")
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise ProtocolError(
             f"certificate: valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} to "
             f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M}"
         )
-    parts = urlsplit(uris[0])
-    if parts.scheme != "anabranch" or not parts.path.startswith("/site/"):
-        raise ProtocolError("certificate: not one of a site; join again")
     return parts.netloc.removesuffix(FEDERATION_SUFFIX), parts.path.removeprefix("/site/")
 
 

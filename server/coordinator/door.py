@@ -7,7 +7,8 @@
                                             SuperLink's socket
 
 Before a body is read: the certificate's key must be that of an active site in the roster, and the
-key that Flower's own headers claim; its rate and the size of its body are limited. Everything
+key that Flower's own headers claim; its rate and the size of its body are limited. What a Fleet
+call says inside is judged by server/fleet_calls.py. Everything
 else that a SuperLink serves (Control, Runtime, registration, app code, its documentation) has no
 way in. A refusal is HTTP 4xx with a code and a sentence (protocols/identity/join.py).
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -36,23 +38,21 @@ from anabranch.server.coordinator import enrolment
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.limits import Buckets
 from anabranch.server.coordinator.state import SiteEntry
+from anabranch.server.fleet_calls import CALLS, PATH, PIECE, FleetCalls
 from anabranch.server.superlink import BASE, SuperLink
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-FLEET = {
-    f"/v1/fleet/{call}"
-    for call in (
-        "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages",
-        "push-messages", "get-run", "pull-object", "push-object", "confirm-message-received",
-    )
-}  # fmt: skip
+FLEET = {f"{PATH}{call}" for call in CALLS}
 PUBLIC_KEY = b"flwr-public-key"  # Flower's header: the node's key, PEM in base64
+PROTOBUF = b"application/protobuf"
 FORWARDED = (b"content-type", b"accept")  # and whatever begins with "flwr-"
-MAX_PIECE = 8 << 20  # bytes of one Fleet call; a piece of an array has 1 MiB
+TOLD, TOLD_S = 100, 3600.0  # lines in the audit log of refusals, in so many seconds
 PEER = "anabranch.peer"  # in a request's scope: the peer's certificate (DER), None without
+
+log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -71,20 +71,24 @@ class Door:
     link: SuperLink
     wall: Callable[[], float] = time.time
     buckets: Buckets = field(init=False)
+    calls: FleetCalls = field(init=False)
     refused: dict[str, int] = field(default_factory=dict)  # code -> how often
-    _told: dict[tuple[str, str], float] = field(default_factory=dict)
+    _told: set[tuple[str, str]] = field(default_factory=set)  # (code, address)
+    _told_since: float = float("-inf")  # of the monotonic clock
     _invited: set[str] = field(default_factory=set)  # sites whose invitation has been used
     _http: httpx.AsyncClient | None = None
 
     def __post_init__(self) -> None:
-        self.buckets = Buckets(self.federation.settings.limits, self.wall)
+        limits = self.federation.settings.limits
+        self.buckets = Buckets(limits, self.wall)
+        self.calls = FleetCalls(limits.max_message_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             return
         try:
-            status, kind, body = await self._answer(scope, receive)
+            status, kind, body = await self._heard(scope, receive)
         except Refused as refused:
             await self._note(scope, refused)
             said = join.Refusal(code=refused.code, message=join.plain(refused.message))
@@ -99,6 +103,14 @@ class Door:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    async def _heard(self, scope: Scope, receive: Receive) -> tuple[int, bytes, bytes]:
+        """Return the answer; what is wrong at the coordinator itself is for its log alone."""
+        try:
+            return await self._answer(scope, receive)
+        except AnabranchError as error:
+            log.error("%s: %s", scope["path"][:100], error)
+            raise Refused(503, "unavailable", "the coordinator cannot answer now") from None
+
     async def _answer(self, scope: Scope, receive: Receive) -> tuple[int, bytes, bytes]:
         method, path, peer = scope["method"], scope["path"], scope.get(PEER)
         address = (scope.get("client") or ("?",))[0]
@@ -106,12 +118,15 @@ class Door:
             if (method, path) != ("POST", join.JOIN):
                 raise Refused(401, "no certificate", "a client certificate is needed here")
             return await self._join(address, scope, receive)
-        if not self.buckets.take(authority.fingerprint(x509.load_der_x509_certificate(peer))):
+        key = _key_of(peer)
+        if not self.buckets.take(key):
             raise Refused(429, "too many requests", "too many requests; try again later")
         site = await run_in_threadpool(self._site, peer)
         if path in FLEET and method == "POST":
             _require_own_key(scope, site)
-            return await self._forward(scope, await _body(scope, receive, MAX_PIECE))
+            body = await _body(scope, receive, PIECE)
+            await run_in_threadpool(self._site, peer)  # it may have been revoked meanwhile
+            return await self._fleet(scope, site, body)
         if path.startswith("/site/"):
             return await self._own(site, method, path, scope, receive)
         raise Refused(404, "not served", "this is not served here")
@@ -136,6 +151,8 @@ class Door:
             return await _said(lambda: enrolment.hello(self.federation, self.wall()))
         if method != "POST" or path not in (join.RENEW, join.REPORT, join.LEAVE):
             raise Refused(404, "not served", "this is not served here")
+        if path == join.RENEW and not self.buckets.take_renewal(site.key):
+            raise Refused(429, "too many requests", "too many renewals; try again later")
         body = await _body(scope, receive, join.MAX_BODY)
 
         def work() -> msgspec.Struct:
@@ -153,10 +170,7 @@ class Door:
     def _site(self, peer: bytes) -> SiteEntry:
         """Return the active site of a certificate."""
         certificate = x509.load_der_x509_certificate(peer)
-        key = certificate.public_key()
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise Refused(403, "not a site", "this certificate is not one of a site")
-        site = self.federation.state.site_by_key(authority.key_digest(key))
+        site = self.federation.state.site_by_key(_key_of(peer))
         if site is None:
             raise Refused(403, "not registered", "this site is not registered here; join again")
         if site.status != "active":
@@ -183,6 +197,22 @@ class Door:
         key, certificate = self.federation.server_credentials()
         context.load_cert_chain(certificate, key)
 
+    async def _fleet(self, scope: Scope, site: SiteEntry, body: bytes) -> tuple[int, bytes, bytes]:
+        """Answer a Fleet call, or have the SuperLink answer what a site may ask."""
+        path = scope["path"]
+        try:
+            answer = self.calls.judge(site.key, path, body)
+        except MalformedMessage as error:
+            raise Refused(400, "malformed", str(error)) from None
+        except ProtocolError as error:
+            raise Refused(403, "refused", str(error)) from None
+        if answer is not None:
+            return 200, PROTOBUF, answer
+        got = await self._forward(scope, body)
+        if got[0] == 200:
+            self.calls.answered(site.key, path, got[2])
+        return got
+
     async def _forward(self, scope: Scope, body: bytes) -> tuple[int, bytes, bytes]:
         headers = [
             (name, value)
@@ -200,20 +230,23 @@ class Door:
         return got.status_code, kind.encode(), got.content
 
     async def _note(self, scope: Scope, refused: Refused) -> None:
-        """Count a refusal; of each kind from each address one a minute is in the audit log."""
+        """Count a refusal; the audit log has one of a kind and an address, and TOLD in TOLD_S."""
         self.refused[refused.code] = self.refused.get(refused.code, 0) + 1
         if refused.status in (404, 429, 503):
             return
-        address = (scope.get("client") or ("?",))[0]
-        now, key = time.monotonic(), (refused.code, address)
-        if now - self._told.get(key, -60.0) < 60.0:
+        now = time.monotonic()
+        if now - self._told_since >= TOLD_S:
+            self._told, self._told_since = set(), now
+        key = (refused.code, (scope.get("client") or ("?",))[0])
+        if key in self._told or len(self._told) >= TOLD:
             return
-        if len(self._told) > 1000:
-            self._told.clear()
-        self._told[key] = now
-        await run_in_threadpool(
-            self.federation.audit.append, "peer-refused", code=refused.code, address=address
-        )
+        self._told.add(key)
+        try:
+            await run_in_threadpool(
+                self.federation.audit.append, "peer-refused", code=key[0], address=key[1]
+            )
+        except AnabranchError as error:
+            log.error("the audit log: %s", error)  # it is refused all the same
 
 
 def server_context(federation: Federation) -> ssl.SSLContext:
@@ -261,6 +294,14 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes:
                     return b"".join(parts)
     except TimeoutError:
         raise Refused(408, "too slow", "the request took more than 120 s") from None
+
+
+def _key_of(peer: bytes) -> str:
+    """Return the digest of the key of a certificate (DER) that TLS has verified."""
+    key = x509.load_der_x509_certificate(peer).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise Refused(403, "not a site", "this certificate is not one of a site")
+    return authority.key_digest(key)
 
 
 def _require_own_key(scope: Scope, site: SiteEntry) -> None:

@@ -15,14 +15,13 @@ The folder has mode 0700, every secret 0600; a secret that others can read is re
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.policy.code import app_hash, code_digest, version
 from anabranch.protocols.config import parse
-from anabranch.protocols.errors import ConfigError, RunError
+from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.identity.authority import (
     Authority,
     Time,
@@ -46,6 +45,7 @@ from anabranch.protocols.identity.authority import (
     to_be_renewed,
 )
 from anabranch.protocols.identity.join import MAX_CONTRACT
+from anabranch.server.coordinator.serving import holding, served
 from anabranch.server.coordinator.settings import (
     SETTINGS_FILE,
     Settings,
@@ -55,7 +55,7 @@ from anabranch.server.coordinator.settings import (
 )
 from anabranch.server.coordinator.state import State
 from anabranch.storage.audit_log import AuditLog
-from anabranch.storage.files import locked, staged, write_atomic
+from anabranch.storage.files import locked, open_to_others, staged, write_atomic
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SOCKET_PATH = 90  # bytes of a socket's path at most; Linux takes 107, others 103
@@ -245,22 +245,13 @@ class Federation:
 
     # -- one coordinator, and its copies ---------------------------------------------------------
 
-    @contextmanager
-    def serving(self) -> Iterator[None]:
+    def serving(self) -> AbstractContextManager[None]:
         """Hold the folder for the one supervisor; RunError if another process holds it."""
-        file = self.folder / ".serving.lock"
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"{self.folder}: a coordinator is serving this federation already; "
-                    "`anabranch coordinator status` shows what it does"
-                ) from None
-            yield
-        finally:
-            os.close(handle)
+        return holding(self.folder)
+
+    def is_served(self) -> bool:
+        """Whether a supervisor holds the folder now."""
+        return served(self.folder)
 
     def backup(self) -> Path:
         """Copy the state beside it, whole or not at all; return the copy."""
@@ -274,10 +265,10 @@ def secret(file: Path) -> bytes:
     Raises ConfigError if it is missing, or if anybody but its owner can read it.
     """
     try:
-        if os.name == "posix" and file.stat().st_mode & 0o077:
+        if mode := open_to_others(file):
             raise ConfigError(
-                f"{file}: others than its owner can read it (mode "
-                f"{file.stat().st_mode & 0o777:04o}). Find out who did, then chmod 600 it"
+                f"{file}: others than its owner can read it (mode {mode}). Find out who did, then "
+                "chmod 600 it"
             )
         return file.read_bytes().strip()
     except OSError as error:
@@ -309,7 +300,9 @@ AUTHOR = "operator"  # the first author, made by `init`
 def _contract(file: Path) -> str:
     try:
         text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; give the path of a run.toml") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: {error}") from None
     parse(text, source=str(file))
     if len(text) > MAX_CONTRACT:

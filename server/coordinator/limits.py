@@ -1,10 +1,11 @@
-"""How often a peer may ask: token buckets, one per certificate, one per address for joins."""
+"""How often a peer may ask: token buckets, one per site, one per address for joins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
+RENEWALS, RENEWAL_S = 10.0, 60.0  # of one site's certificate: at once, and one more each
 MAX_PEERS = 10_000  # buckets that are remembered; beyond, those that are full are forgotten
 
 
@@ -27,6 +28,7 @@ class Buckets:
         self._clock = clock
         self._sites: dict[str, tuple[float, float]] = {}
         self._joins: dict[str, tuple[float, float]] = {}
+        self._renewals: dict[str, tuple[float, float]] = {}
         self._rate, self._join_rate = limits.requests_per_second, limits.joins_per_minute / 60
 
     def take(self, peer: str) -> bool:
@@ -36,6 +38,10 @@ class Buckets:
     def take_join(self, address: str) -> bool:
         """Whether an address may try to join once more now."""
         return self._take(self._joins, address, self._join_rate, max(1.0, 60 * self._join_rate))
+
+    def take_renewal(self, peer: str) -> bool:
+        """Whether a site may have its certificate renewed now: each is signed, and written down."""
+        return self._take(self._renewals, peer, 1 / RENEWAL_S, RENEWALS)
 
     def _take(
         self, buckets: dict[str, tuple[float, float]], key: str, rate: float, size: float

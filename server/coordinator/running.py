@@ -76,13 +76,27 @@ def main(folder: Path, run: str) -> int:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: signals.append(number))
     federation = Federation(folder)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     link = SuperLink(federation.socket_folder() / "superlink")
-    app = app_bundle(federation.code)
+    app = app_of(federation, run)
 
     def attach(stale: int | None) -> AbstractContextManager[AttachedGrid]:
         return link.attach(app, stale=stale)
 
     return carry_out(federation, run, Outside(attach=attach, ended=lambda: bool(signals)))
+
+
+def app_of(federation: Federation, run: str) -> bytes:
+    """Return the app bundle that names the software a run was proposed for.
+
+    It is not what is installed here: sites have approved the run for theirs, and a coordinator of
+    a newer version goes on with it.
+    """
+    entry = federation.state.run(run)
+    if entry is None:
+        return b""  # and nothing will be carried out
+    proposal = msgspec.json.decode(entry.signed, type=Signed).proposal
+    return app_bundle(proposal.code, proposal.version)
 
 
 def carry_out(federation: Federation, run: str, outside: Outside) -> int:
@@ -107,7 +121,10 @@ class _Process:
     def __init__(self, federation: Federation, entry: RunEntry, outside: Outside) -> None:
         self._federation, self._state = federation, federation.state
         self._entry, self._run, self._outside = entry, entry.run, outside
-        self._watching = Watching(self._state, self._run, clock=outside.clock, now=outside.now)
+        later_s = federation.settings.runs.approve_s
+        self._watching = Watching(
+            self._state, self._run, clock=outside.clock, now=outside.now, later_s=later_s
+        )
         self._patience = Patience(self._watching, outside)
         self._folder: RunFolder | None = None
         self._flower_run = entry.flower_run

@@ -18,6 +18,7 @@ connections_per_address = 64            open from one address at once
 
 [runs]
 connect_s = 600.0                       how long a round waits for sites to connect
+approve_s = 604800.0                    and for owners to approve the run, or their hours to begin
 restarts = 5                            of a run's process without a round between, then it failed
 
 [tracking]
@@ -68,6 +69,7 @@ class Runs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """[runs]: defaults of every run."""
 
     connect_s: Positive = 600.0
+    approve_s: Positive = 604_800.0  # seven days
     restarts: Annotated[int, msgspec.Meta(ge=0)] = 5
 
 
@@ -171,6 +173,7 @@ connections_per_address = 64   # open from one address at once
 
 [runs]
 connect_s = 600.0   # how long a round waits for sites to connect
+approve_s = 604800.0   # and for owners to approve the run, or for their hours to begin: a week
 restarts = 5   # of a run's process without a round between, then it failed
 
 [tracking]

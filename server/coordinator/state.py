@@ -32,7 +32,7 @@ from anabranch.server.coordinator.state_file import (
 )
 
 RETRY_S = 600.0  # for which the key that used an invitation may come again
-NO_INVITATION = "invitation: unknown, used or expired; ask the coordinator's operator for a new one"
+NO_INVITATION = "invitation: unknown, used or expired"
 
 S = TypeVar("S", bound=msgspec.Struct)
 SiteStatus = Literal["active", "revoked", "left"]

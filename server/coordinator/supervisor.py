@@ -7,7 +7,8 @@
 
 The state is on disk, so that any of them, and this process too, may be killed at any time: what is
 started again goes on. A process that keeps ending is started after a pause that doubles up to
-PAUSE_S; a run's process that ends `runs.restarts` times without a round between has failed.
+PAUSE_S, a run's that has merged a round since at once; one that ends `runs.restarts` times without
+a round between has failed.
 Output of each goes to logs/<name>.log, at most two files of LOG_BYTES.
 """
 
@@ -36,7 +37,8 @@ from anabranch.server.superlink import SuperLink, environment
 
 TICK_S = 0.1
 RECONCILE_S, BACKUP_S = 3.0, 3600.0
-STEADY_S, PAUSE_S = 20.0, 30.0  # after so long a process counts as well; longest pause
+STEADY_S = 10.0  # after so long a process counts as well
+SHORTEST_PAUSE_S, PAUSE_S = 0.2, 30.0
 END_S = 10.0  # to end by themselves
 LOG_BYTES = 5 << 20
 FINISHED, STOPPED, FAILED = 0, 3, 4  # exit codes of a run's process (running.py)
@@ -78,9 +80,14 @@ class Child:
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.process = None
-        self.pause = 0.0 if now - self.started > STEADY_S else min(2 * self.pause or 0.2, PAUSE_S)
+        again = min(2 * self.pause or SHORTEST_PAUSE_S, PAUSE_S)
+        self.pause = 0.0 if now - self.started > STEADY_S else again
         self.due = now + self.pause
         return code
+
+    def got_on(self) -> None:
+        """Start it again soon: it has done something since it was started."""
+        self.due, self.pause = self.due - self.pause, 0.0
 
     def end(self) -> None:
         """Tell it to end."""
@@ -111,6 +118,12 @@ class Supervisor:
         with self.federation.serving():
             self._prepare()
             self.federation.audit.append("serving", version=self.federation.version)
+            settings = self.federation.settings
+            log.info(
+                "serving %s: sites come to %s, the page is at %s (`anabranch coordinator token` "
+                "opens it), logs are in %s; Ctrl-C ends it",
+                settings.name, settings.address, settings.page, self.federation.folder / "logs",
+            )  # fmt: skip
             reconciled, saved = 0.0, time.monotonic()
             try:
                 while not self.stop.is_set():
@@ -119,6 +132,8 @@ class Supervisor:
                     for child in list(self.children.values()):
                         self._tend(child, now)
                     if now - reconciled > RECONCILE_S:
+                        for child in self.children.values():
+                            _cut(child.log)
                         self._reconcile()
                         reconciled = now
                     if now - saved > BACKUP_S:
@@ -166,10 +181,11 @@ class Supervisor:
         if code is not None and child.name.startswith("run "):
             self._run_ended(child, code)
         elif code is not None:
-            log.warning("%s ended (%s); starting it again in %.1f s", child.name, code, child.pause)
+            said = _last_line(child.log) if code else ""
+            text = "%s ended (%s)%s; starting it again in %.1f s"
+            log.warning(text, child.name, code, f": {said}" * bool(said), child.pause)
         if child.name not in self.children or child.process is not None or now < child.due:
             return
-        _cut(child.log)
         if child.name == "superlink":
             self.socket.unlink(missing_ok=True)
         child.start(now)
@@ -183,7 +199,10 @@ class Supervisor:
             log.info("run %s: %s", run, "over" if entry is None else entry.state)
             return
         rounds = self._count(entry)
-        again = 1 if rounds != self._rounds.get(run) else entry.restarts + 1
+        again = entry.restarts + 1
+        if rounds != self._rounds.get(run, 0):
+            again = 1
+            child.got_on()
         self._rounds[run] = rounds
         most = self.federation.settings.runs.restarts
         if again > most:
@@ -241,10 +260,19 @@ def _whole(database: Path) -> bool:
         return False
 
 
+def _last_line(file: Path) -> str:
+    """Return the end of a log, for people: at most 300 characters."""
+    with file.open("rb") as log_file:
+        log_file.seek(max(0, file.stat().st_size - 2000))
+        lines = log_file.read().decode("utf-8", "replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
 def _cut(file: Path) -> None:
-    """Move a log that has grown large aside, in place of the one before."""
+    """Move what is in a log that has grown large aside; whoever appends to it goes on."""
     if file.exists() and file.stat().st_size > LOG_BYTES:
-        shutil.move(file, file.with_name(f"{file.name}.1"))
+        shutil.copyfile(file, file.with_name(f"{file.name}.1"))
+        os.truncate(file, 0)
 
 
 @contextmanager

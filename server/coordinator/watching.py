@@ -76,8 +76,10 @@ class Watching:
         *,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
+        later_s: float = 0.0,
     ) -> None:
         self._state, self._run, self._clock, self._now = state, run, clock, now
+        self._later_s = later_s
         self._names: dict[int, str] = {}
         self._reports: dict[str, Reported] = {}
         self._looked: float | None = None
@@ -91,6 +93,7 @@ class Watching:
             holds=self.reports,
             wait=self.wait,
             asked=self.asked,
+            later_s=self._later_s,
             now=self._now,
         )
 

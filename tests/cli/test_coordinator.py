@@ -32,7 +32,7 @@ def coordinator(
     """A federation in this folder, and a function that runs one command in it with --json."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no test here cuts the power
     (tmp_path / "run.toml").write_text(TABLE_RUN)
-    init = ["init", str(tmp_path / "heart"), "--name", "heart", "--host", "127.0.0.1"]
+    init = ["init", "-f", str(tmp_path / "heart"), "--name", "heart", "--host", "127.0.0.1"]
     assert run(["coordinator", *init, "--contract", str(tmp_path / "run.toml")]) == 0
     assert "federation heart at 127.0.0.1:8443" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path / "heart")

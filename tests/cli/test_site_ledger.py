@@ -45,7 +45,7 @@ def records(folder: Path) -> tuple[bytes, ...]:
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
     """Return what a command prints, and check its exit code."""
-    assert run(["site", "ledger", *map(str, arguments)]) == code
+    assert run(["site", "ledger", "-f", *map(str, arguments)]) == code
     out, err = capsys.readouterr()
     return out if code == 0 or out else err
 

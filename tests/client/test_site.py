@@ -19,6 +19,7 @@ from anabranch.protocols.errors import (
     DataError,
     IncompatibleAdapter,
     PrivacyError,
+    ProtocolError,
 )
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.part import Part
@@ -168,6 +169,16 @@ def test_evaluation_is_refused_in_a_private_run(site: Site) -> None:
     config = table_run(("local_epochs = 2", "local_steps = 3\nholdout = 0.25"), extra=PRIVATE)
 
     with pytest.raises(PrivacyError, match=r"set federation\.client_evaluation = false"):
+        site.evaluate(assignment(config), start(config))
+
+
+def test_who_approved_no_evaluation_is_asked_for_none(site: Site) -> None:
+    config = table_run(
+        ("local_epochs = 2", "local_epochs = 2\nholdout = 0.25"),
+        ("rounds = 2", "rounds = 2\nclient_evaluation = false"),
+    )
+
+    with pytest.raises(ProtocolError, match="asks no site to evaluate"):
         site.evaluate(assignment(config), start(config))
 
 

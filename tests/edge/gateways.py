@@ -17,9 +17,16 @@ import msgspec
 from anabranch.edge.gateway.authority import Authority, make_authority
 from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
 from anabranch.edge.runtime.backoff import Backoff
-from anabranch.edge.runtime.enrol import Enrolled, Invitation, fingerprint
+from anabranch.edge.runtime.enrol import Enrolled, Invitation
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.transport import Gateway, Patience, connect, tls_channel
+from anabranch.protocols.identity.authority import (
+    certificate_pem,
+    certificate_request,
+    fingerprint,
+    key_pem,
+    new_key,
+)
 
 CHUNK = 1000  # bytes
 SECRET = "s" * 43
@@ -60,7 +67,7 @@ class FakeGateway(edge_pb2_grpc.EdgeGatewayServicer):
         self._refuse(context)
         self.enrolled.append(request)
         certificate = self.authority.issue(request.certificate_request, "d-1", 90)
-        pem = certificate.public_bytes(_pem())
+        pem = certificate_pem(certificate)
         return self.reply(
             edge_pb2.EnrollReply(
                 device="d-1",
@@ -185,17 +192,11 @@ def enrolled_at(fake: FakeGateway, home: Home) -> Iterator[Gateway]:
 
 def write_identity(authority: Authority, home: Home, days: int = 90) -> None:
     """Write key, certificate and authority of an enrolled device."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    from anabranch.edge.runtime.enrol import _request
-
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = new_key()
     home.folder.mkdir(parents=True, exist_ok=True)
-    private = serialization.PrivateFormat.PKCS8
-    home.device_key.write_bytes(key.private_bytes(_pem(), private, serialization.NoEncryption()))
-    certificate = authority.issue(_request(key), "d-1", days)
-    home.certificate.write_bytes(certificate.public_bytes(_pem()))
+    home.device_key.write_bytes(key_pem(key))
+    certificate = authority.issue(certificate_request(key), "d-1", days)
+    home.certificate.write_bytes(certificate_pem(certificate))
     home.authority.write_bytes(authority.pem)
 
 
@@ -206,9 +207,3 @@ def invitation_of(fake: FakeGateway) -> Invitation:
 
 def new_authority(folder: Path) -> Authority:
     return make_authority(folder, "test")
-
-
-def _pem() -> Any:
-    from cryptography.hazmat.primitives import serialization
-
-    return serialization.Encoding.PEM

@@ -6,6 +6,7 @@ Each can be killed by signal at any moment, or at an exact write (hooks/sitecust
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,16 +16,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from anabranch.client.policy.approvals import Approvals
+from anabranch.server.coordinator import enrolment, proposing
+from anabranch.server.coordinator.folder import Federation
+from anabranch.server.coordinator.state import RunEntry
 from tests.network import Machine, Network
 from tests.server.coordinator.served import free_port
 
 HOOKS = Path(__file__).parent / "hooks"
 COMMAND = [sys.executable, "-m", "anabranch.cli.main"]
-START_S = 60.0
+START_S = 90.0
+MODULES = {
+    "superlink": "superlink_server",
+    "door": "door_server",
+    "page": "page.server",
+    "run": "coordinator.running",
+}
 
 
 @dataclass(eq=False)
@@ -72,6 +86,9 @@ class Rig:
     folder: Path
     sites: Sequence[str]
     network: Network | None = None
+    disks: Mapping[str, Path] = field(
+        default_factory=dict
+    )  # of "federation" and sites: else folder
     coordinator: Process = field(init=False)
     agents: dict[str, Process] = field(default_factory=dict)
     machines: dict[str, Machine] = field(default_factory=dict)
@@ -95,10 +112,12 @@ class Rig:
                 self.machines[name] = self.network.machine()
             host = self.machines["coordinator"].address
         port = 8443 if self.network is not None else free_port()
-        self.federation = self.folder / "federation"
-        self.do("coordinator", "init", str(self.federation), "--name", "heart", "--host", host,
-                "--port", str(port))  # fmt: skip
+        self.federation = self.disks.get("federation", self.folder) / "federation"
+        where = ("-f", str(self.federation))
+        names = ("--name", "heart", "--host", host, "--port", str(port))
+        self.do("coordinator", "init", *where, *names)
         self._set(self.federation / "coordinator.toml", page=f"127.0.0.1:{free_port()}")
+        self.state = Federation(self.federation).state
         command = [*COMMAND, "coordinator", "serve", "--folder", str(self.federation)]
         self.coordinator = self._process("coordinator", command)
 
@@ -122,8 +141,8 @@ class Rig:
     def join(self, name: str, data: Path, *options: str) -> str:
         """Invite a site and join it: one command, one string. Returns what the site is shown."""
         invitation = self.folder / f"invitation-{name}"
-        where = ["--folder", str(self.federation), "--file", str(invitation)]
-        self.do("coordinator", "invite", name, *where)
+        made = enrolment.invite(Federation(self.federation), name, time.time())
+        invitation.write_text(made.text())
         shown = ""
 
         def joined() -> bool:
@@ -147,41 +166,69 @@ class Rig:
         policy = self.site(name) / "policy.toml"
         self._set(policy, required="false", minimum="1", **limits)
 
+    def gather(self, records: Callable[[str], Path]) -> None:
+        """Serve, let all sites join, allow what tests need, and start their agents."""
+        self.serve()
+
+        def take_in(name: str) -> None:
+            self.join(name, records(name))
+            self.allow(name)
+            self.start(name)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(take_in, self.sites))
+
     def start(self, name: str) -> None:
         """Start a site's agent."""
         if name not in self.agents:
-            command = [*COMMAND, "site", "serve", str(self.site(name))]
+            command = [*COMMAND, "site", "serve", "-f", str(self.site(name))]
             self.agents[name] = self._process(name, [*self._prefix(name), *command])
         self.agents[name].start()
 
     def propose(self, run_toml: Path) -> str:
-        """Propose a run and return its id."""
-        said = self.do("coordinator", "run", str(run_toml), "-f", str(self.federation), "--json")
-        return str(json.loads(said)["run"])
+        """Propose a run, as `coordinator run` does, and return its id."""
+        return proposing.propose(Federation(self.federation), run_toml, time.time()).run
 
     def approve(self, name: str, run: str) -> None:
-        """Approve a run at a site, once it has heard of it."""
-        file = self.site(name) / "approvals.json"
-        self.until(lambda: file.exists() and run in file.read_text(), START_S)
-        where = ["--site", str(self.site(name))]
-        said = json.loads(self.do("site", "policy", "list", "--json", *where, machine=name))
-        (digest,) = [one["digest"] for one in said["runs"] if one["proposal"]["run"] == run]
-        self.do("site", "policy", "approve", digest, "--yes", *where, machine=name)
+        """Approve a run at a site, as `site policy approve` does, once it has heard of it."""
+        approvals = Approvals(self.site(name))
+
+        def digests() -> list[str]:
+            return [d for d, one in approvals.entries().items() if one.proposal.run == run]
+
+        self.until(lambda: bool(digests()), START_S)
+        approvals.approve(digests()[0], by="its owner", now=time.time())
+
+    def begin(self, toml: str) -> str:
+        """Propose a run of this text and approve it at all sites; return its id."""
+        file = self.folder / f"run-{len(list(self.folder.glob('run-*.toml')))}.toml"
+        file.write_text(toml)
+        run = self.propose(file)
+        for name in self.sites:
+            self.approve(name, run)
+        return run
+
+    def stop(self, run: str) -> None:
+        """Stop a run, as `coordinator stop` does, and wait until it has stopped."""
+        proposing.stop(Federation(self.federation), run)
+        assert self.over(run, START_S).state == "stopped"
 
     # -- what there is to see --------------------------------------------------------------------
 
     def site(self, name: str) -> Path:
         """Return a site's folder."""
-        return self.folder / name
+        return self.disks.get(name, self.folder) / name
 
-    def runs(self) -> list[dict[str, Any]]:
-        """Return what `coordinator runs` says."""
-        said = self.do("coordinator", "runs", "-f", str(self.federation), "--json")
-        return list(json.loads(said)["runs"])
-
-    def run(self, run: str) -> dict[str, Any]:
+    def run(self, run: str) -> RunEntry:
         """Return what `coordinator runs` says of one run."""
-        return next(one for one in self.runs() if one["run"] == run)
+        entry = self.state.run(run)
+        assert entry is not None
+        return entry
+
+    def status(self) -> dict[str, Any]:
+        """Return what `coordinator status --json` says."""
+        said = self.do("coordinator", "status", "-f", str(self.federation), "--json")
+        return dict(json.loads(said))
 
     def events(self, run: str) -> list[dict[str, Any]]:
         """Return the events of a run so far, without a torn last line."""
@@ -189,11 +236,22 @@ class Rig:
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         return [json.loads(line) for line in lines]
 
-    def finished(self, run: str, seconds: float) -> dict[str, Any]:
-        """Wait for the end of a run and return its row; an end that is none fails the test."""
-        over = ("finished", "failed", "stopped")
-        self.until(lambda: self.run(run)["state"] in over, seconds, every_s=0.5)
+    def over(self, run: str, seconds: float) -> RunEntry:
+        """Wait for the end of a run and return what is known of it."""
+        self.until(lambda: self.run(run).state in ("finished", "failed", "stopped"), seconds)
         return self.run(run)
+
+    def finished(self, run: str, seconds: float) -> dict[str, Any]:
+        """Wait for the end of a run and return what `coordinator runs --json` says of it."""
+        return dict(msgspec.structs.asdict(self.over(run, seconds)))
+
+    def merged(self, run: str) -> int:
+        """Return how many merges a run has announced."""
+        return sum(one["kind"] == "round_aggregated" for one in self.events(run))
+
+    def until_merged(self, run: str, count: int, seconds: float) -> None:
+        """Wait until a run has merged so many rounds."""
+        self.until(lambda: self.merged(run) >= count, seconds)
 
     def adapter(self, run: str) -> bytes:
         """Return the frame of the last checkpoint."""
@@ -202,10 +260,7 @@ class Rig:
 
     def pid(self, child: str) -> int | None:
         """Return the process of the coordinator's child: superlink, door, page or run."""
-        module = {
-            "superlink": "superlink_server", "door": "door_server", "page": "page.server",
-            "run": "coordinator.running",
-        }[child]  # fmt: skip
+        module = MODULES[child]
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 words = (entry / "cmdline").read_bytes().decode(errors="replace")
@@ -225,26 +280,42 @@ class Rig:
             return False
         return int(stat.rpartition(")")[2].split()[1]) == mine.pid
 
-    def kill_child(self, child: str) -> None:
-        """Kill one of the coordinator's processes, now."""
+    def kill_child(self, child: str) -> bool:
+        """Kill one of the coordinator's processes, now; False: it does not run."""
         pid = self.pid(child)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
+        return pid is not None
 
-    def kill_at(self, role: str, write: int) -> Path:
-        """Have the process of a role die at its `write`-th write from now on."""
+    def kill_coordinator(self) -> None:
+        """Kill all processes of the coordinator, now."""
+        children = [pid for child in MODULES if (pid := self.pid(child)) is not None]
+        self.coordinator.kill()
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):  # it ends with its supervisor
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_at(self, role: str, step: int, label: str = "") -> Path:
+        """Have the process of a role die at its `step`-th step of that label from now on.
+
+        Labels are in hooks/sitecustomize.py. The file that is returned is gone once it died.
+        """
         plan = self.kills / role
-        plan.write_text(str(write))
+        hidden = plan.with_name(f".{role}")
+        hidden.write_text(f"{step} {label}")
+        hidden.replace(plan)
         return plan
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    def until(self, done: Callable[[], bool], seconds: float, every_s: float = 0.1) -> None:
+    def until(
+        self, done: Callable[[], bool], seconds: float, every_s: float = 0.1, why: str = ""
+    ) -> None:
         """Wait for something to hold; AssertionError with all logs' ends if it does not."""
         end = time.monotonic() + seconds
         while not done():
             if time.monotonic() > end:
-                raise AssertionError(f"not within {seconds:g} s\n{self.tails()}")
+                raise AssertionError(f"{why}: not within {seconds:g} s\n{self.tails()}")
             time.sleep(every_s)
 
     def tails(self) -> str:

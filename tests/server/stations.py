@@ -198,6 +198,7 @@ class Watched:
         names: bool = True,
         sites: Sequence[ToySite] | None = None,
         poll_s: float = 1.0,
+        later_s: float = 0.0,
         **engine: Any,
     ) -> None:
         self.time, self.events = VirtualTime(), Events()
@@ -218,6 +219,7 @@ class Watched:
             wait=self.waits.append,
             asked=lambda site, asked: self.asked.append((site, asked)),
             now=lambda: EPOCH + self.time.now,
+            later_s=later_s,
         )
         self.engine = RoundEngine(
             self.grid,

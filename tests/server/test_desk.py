@@ -15,7 +15,7 @@ from anabranch.protocols.identity.proposal import Proposal, Signed, contract_dig
 from anabranch.protocols.messages import Assignment, Trained
 from anabranch.server.desk import Asked, Wait
 from anabranch.server.flower import Failure
-from anabranch.server.roster import awaits_approval, passes
+from anabranch.server.roster import MEND_S, awaits_approval, passes
 from tests.server.stations import EPOCH, FIRST, Watched
 from tests.simulations.rig import ToySite, config
 
@@ -174,7 +174,42 @@ def test_an_approval_that_does_not_come_ends_the_run_with_its_reason() -> None:
     assert watched.time.now == 100.0
 
 
-def test_other_refusals_are_final_for_the_round() -> None:
+def test_owners_may_take_longer_than_sites_that_are_not_there() -> None:
+    watched, _ = careful(400.0, "a", run=run_of(quorum=2), later_s=1000.0)
+    result = watched.run()
+
+    assert result.history[0].asked == ("a", "b")
+    assert 400.0 <= watched.time.now <= 420.0
+    untils = [wait.until for wait in watched.waits if wait is not None]
+    assert untils[0] == EPOCH + 100.0
+    assert EPOCH + 1000.0 in untils
+
+
+def test_owners_do_not_take_for_ever() -> None:
+    watched, _ = careful(4000.0, run=run_of(), later_s=1000.0)
+
+    with pytest.raises(RunError, match=r"after 1000 s there are 0(.|\n)*waiting for the owner"):
+        watched.run()
+    assert watched.time.now == 1000.0
+
+
+def test_what_somebody_may_mend_is_asked_again_after_a_minute() -> None:
+    class Mended(ToySite):
+        asked = 0
+
+        def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
+            type(self).asked += 1
+            if self.asked == 1:
+                raise PolicyError("policy.toml: no such file; nothing is allowed")
+
+    watched = Watched({}, sites=[Mended("a", 10)], run=run_of(), connect_s=100.0)
+
+    assert watched.run().history[0].asked == ("a",)
+    assert Mended.asked == 2
+    assert watched.time.now >= MEND_S
+
+
+def test_a_rejection_is_final_for_the_round() -> None:
     class Strict(ToySite):
         asked = 0
 

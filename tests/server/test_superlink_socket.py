@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from flwr.superlink.main import _get_middleware
 
 from anabranch.client.policy.code import app_bundle, app_hash, code_digest
 from anabranch.protocols.identity import authority
-from anabranch.server.superlink import SuperLink, SuperLinkGone, environment
+from anabranch.server.superlink import CONCERNS, SuperLink, SuperLinkGone, environment
+from anabranch.server.unix_http import client
 
 
 class Link:
@@ -91,6 +93,28 @@ def test_two_processes_take_each_its_own_task(running: Link) -> None:
     ):
         assert one.flower_run != other.flower_run
         assert list(one.get_node_ids()) == list(other.get_node_ids()) == []
+
+
+def test_flowers_middlewares_look_at_the_paths_that_are_led_through_them() -> None:
+    found = {one.cls.__name__ for one in _get_middleware()}
+
+    assert found - set(CONCERNS) == {"BaseHTTPMiddleware", "ProtobufTranslationMiddleware"}
+    assert set(CONCERNS) <= found
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/fleet/pull-messages", 401),  # not signed by a node
+        ("/v1/runtime/pull-messages", 401),  # no token of a task
+        ("/v1/control/list-nodes", 200),  # nobody but the coordinator reaches the socket
+    ],
+)
+def test_every_path_goes_through_its_own_middlewares(running: Link, path: str, status: int) -> None:
+    headers = {"content-type": "application/protobuf"}
+
+    with client(running.link.socket, "http://superlink", 5.0) as http:
+        assert http.post(path, content=b"", headers=headers).status_code == status
 
 
 def test_an_answer_to_nothing_is_flowers_error_3(running: Link) -> None:

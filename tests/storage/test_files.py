@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.storage.files import digest_of, staged, sweep, write_atomic, writing
+from anabranch.storage.files import digest_of, open_to_others, staged, sweep, write_atomic, writing
 
 
 @given(data=st.binary(max_size=300))
@@ -32,6 +32,17 @@ def test_what_was_written_is_read_and_digested(
 def test_a_file_has_the_mode_that_was_asked_for(tmp_path: Path, mode: int) -> None:
     write_atomic(tmp_path / "file", b"x", mode=mode)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+@given(mode=st.integers(0, 0o777))
+def test_a_file_is_open_to_others_unless_they_have_no_rights_at_all(
+    tmp_path_factory: pytest.TempPathFactory, mode: int
+) -> None:
+    path = tmp_path_factory.mktemp("files") / "file"
+    path.touch()
+    path.chmod(mode)
+    others = any(mode & bit for bit in (0o4, 0o2, 0o1, 0o40, 0o20, 0o10))
+    assert open_to_others(path) == (f"{mode:04o}" if others else "")
 
 
 def test_until_it_is_whole_only_its_owner_reads_a_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@
     disk low             less than DISK_LOW bytes, or DISK_SHARE of the disk, are free
     run failed           and is among those shown
     run restarted        its process ended and was started again
-    policy refusal       a site's policy does not allow what a run asks
+    policy refusal       a site's policy does not allow what a run asks (not: not yet)
     epsilon              EPSILON_SHARE of what was planned is spent, and rounds are left
     wait overdue         a wait is past its end by OVERDUE_S, which should never be
 
@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from anabranch.server.coordinator.page.run_view import OVER, RunFacts
 from anabranch.server.coordinator.page.shown import Alert, Level, RunView, SiteView
 from anabranch.server.coordinator.state import Reported
+from anabranch.server.roster import waits
 
 SILENT_S = 30.0  # a site reports every two seconds
 SKEW_S = 60.0
@@ -99,7 +100,8 @@ def _refusals(run: RunView, facts: RunFacts) -> Iterator[Alert]:
             continue
         text = f"{run.run}: refused by its policy {_times(times)}: {last.message}"
         yield _alert("policy refusal", "problem", name, text, last.time)
-    met = [event for event in facts.log.refused if event.reason == "policy"]
+    refused = [event for event in facts.log.refused if event.reason == "policy"]
+    met = [one for one in refused if not waits(one.message)]
     if met:
         text = f"{_times(len(met))} a site's policy refused it: {met[-1].message}"
         yield _alert("policy refusal", "problem", run.run, text, met[-1].time)

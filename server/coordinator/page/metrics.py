@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from anabranch.server.coordinator.page.shown import RunView, View
+from anabranch.server.coordinator.page.shown import RunSite, RunView, SiteView, View
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Sample = tuple[dict[str, str], float | None]
@@ -87,32 +87,22 @@ def _alerts(view: View) -> Iterator[Sample]:
         yield {"kind": kind, "level": level, "about": about}, 1
 
 
-def _site_up(view: View) -> Iterator[Sample]:
-    for site in view.sites:
-        if site.status == "active":
-            yield {"site": site.name}, site.state not in ("silent", "not heard yet")
+def _of_sites(
+    value: Callable[[SiteView], float | None], *, active: bool = True
+) -> Callable[[View], Iterator[Sample]]:
+    """Of every site or, with `active`, of those that still belong to the federation."""
+
+    def samples(view: View) -> Iterator[Sample]:
+        for site in view.sites:
+            if site.status == "active" or not active:
+                yield {"site": site.name}, value(site)
+
+    return samples
 
 
 def _site_state(view: View) -> Iterator[Sample]:
     for site in view.sites:
         yield {"site": site.name, "state": site.state}, 1
-
-
-def _site_ready(view: View) -> Iterator[Sample]:
-    for site in view.sites:
-        if site.status == "active":
-            yield {"site": site.name}, site.ready
-
-
-def _site_heard(view: View) -> Iterator[Sample]:
-    for site in view.sites:
-        yield {"site": site.name}, site.heard
-
-
-def _site_certificate(view: View) -> Iterator[Sample]:
-    for site in view.sites:
-        if site.status == "active":
-            yield {"site": site.name}, site.certificate_ends
 
 
 def _run_state(view: View) -> Iterator[Sample]:
@@ -141,22 +131,19 @@ def _run_bytes(view: View) -> Iterator[Sample]:
             yield {"run": run.run, "direction": direction}, value
 
 
-def _site_epsilon(view: View) -> Iterator[Sample]:
-    for run in view.runs:
-        for site in run.sites:
-            yield {"run": run.run, "site": site.site}, site.epsilon
+def _of_run_sites(
+    value: Callable[[RunSite], float | None],
+) -> Callable[[View], Iterator[Sample]]:
+    def samples(view: View) -> Iterator[Sample]:
+        for run in view.runs:
+            for site in run.sites:
+                yield {"run": run.run, "site": site.site}, value(site)
+
+    return samples
 
 
-def _site_rounds(view: View) -> Iterator[Sample]:
-    for run in view.runs:
-        for site in run.sites:
-            yield {"run": run.run, "site": site.site}, site.rounds
-
-
-def _site_failures(view: View) -> Iterator[Sample]:
-    for run in view.runs:
-        for site in run.sites:
-            yield {"run": run.run, "site": site.site}, site.failures
+def _up(site: SiteView) -> float:
+    return site.state not in ("silent", "not heard yet")
 
 
 def _waiting(run: RunView) -> float:
@@ -184,20 +171,25 @@ METRICS: Sequence[Metric] = (
         "Invitations with which somebody may join now.",
         _of_view(lambda view: len(view.invitations)),
     ),
-    Metric("anabranch_site_up", "gauge", "1 if the site has reported lately.", _site_up),
+    Metric("anabranch_site_up", "gauge", "1 if the site has reported lately.", _of_sites(_up)),
     Metric("anabranch_site_state", "gauge", "1; the label says what the site does.", _site_state),
-    Metric("anabranch_site_ready", "gauge", "1 if its preflight checks passed.", _site_ready),
+    Metric(
+        "anabranch_site_ready",
+        "gauge",
+        "1 if its preflight checks passed.",
+        _of_sites(lambda s: s.ready),
+    ),
     Metric(
         "anabranch_site_last_report_timestamp_seconds",
         "gauge",
         "When the site reported last, by the coordinator's clock.",
-        _site_heard,
+        _of_sites(lambda s: s.heard, active=False),
     ),
     Metric(
         "anabranch_site_certificate_end_timestamp_seconds",
         "gauge",
         "End of the site's newest certificate.",
-        _site_certificate,
+        _of_sites(lambda s: s.certificate_ends),
     ),
     Metric("anabranch_run_state", "gauge", "1; the label says what the run does.", _run_state),
     Metric(
@@ -254,18 +246,18 @@ METRICS: Sequence[Metric] = (
         "anabranch_run_site_epsilon",
         "gauge",
         "Epsilon spent on the site's records, as it says.",
-        _site_epsilon,
+        _of_run_sites(lambda s: s.epsilon),
     ),
     Metric(
         "anabranch_run_site_rounds_total",
         "counter",
         "Deltas of the site that counted.",
-        _site_rounds,
+        _of_run_sites(lambda s: s.rounds),
     ),
     Metric(
         "anabranch_run_site_failures_total",
         "counter",
         "Rounds in which the site failed, refused or was silent.",
-        _site_failures,
+        _of_run_sites(lambda s: s.failures),
     ),
 )

@@ -21,7 +21,8 @@ import uvicorn
 
 from anabranch.protocols.errors import ConfigError
 from anabranch.server.coordinator.child import end_with_parent
-from anabranch.server.coordinator.door_server import MAX_HEAD, REQUEST_S, PeerProtocol
+from anabranch.server.coordinator.door import server_context
+from anabranch.server.coordinator.door_server import bounded
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.page.access import is_loopback
 from anabranch.server.coordinator.page.app import application
@@ -62,22 +63,7 @@ def config_of(
         lambda: seen(watcher.view(time.time())),
         secure=tls,
     )
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=PeerProtocol,
-        ws="none",
-        lifespan="off",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        h11_max_incomplete_event_size=MAX_HEAD,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=int(REQUEST_S),
-        timeout_graceful_shutdown=1,
-    )
+    config = bounded(app, CONNECTIONS, host=host, port=port, timeout_graceful_shutdown=1)
     config.load()
     if tls:
         config.ssl = page_context(federation)
@@ -87,12 +73,7 @@ def config_of(
 
 def page_context(federation: Federation) -> ssl.SSLContext:
     """Return TLS 1.3 with the coordinator's certificate; a client's is welcome, not needed."""
-    key, certificate = federation.server_credentials()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.num_tickets = 0
-    context.load_cert_chain(certificate, key)
-    context.load_verify_locations(federation.folder / "authority" / "ca.pem")
+    context = server_context(federation)
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
 

@@ -235,7 +235,7 @@ def _doing(reported: Reported) -> str:
     if report.round and report.activity != "idle":
         parts.append(f"round {report.round}")
     if report.activity == "idle" and not report.ready:
-        parts.append("not ready")
+        parts.append("not ready" if report.checks else "not checked yet")
     return ", ".join(parts)
 
 

@@ -123,7 +123,7 @@ def test_runs_that_wait_for_the_owner_are_shown(site: Path) -> None:
     approvals.note(proposal, "ab" * 32, config, NOW)
     found = overview(site)
     assert found.pending == (f"{proposal.digest[:12]}  r7 by trial",)
-    assert "approvals    1 pending: `anabranch site policy list`" in found.text()
+    assert f"approvals    1 pending: `anabranch site policy list --folder {site}`" in found.text()
     approvals.approve(proposal.digest, by="me", now=NOW)
     assert overview(site).pending == ()
 

@@ -81,7 +81,7 @@ def test_bad_records_join_and_end_with_1_and_the_reason(
     out, err = capsys.readouterr()
     assert joined(folder)
     assert "b: not a number: row 1" in out
-    assert f"not ready (data): then `anabranch site preflight --folder {folder}`" in out
+    assert f"not ready (data): mend that, then `anabranch site preflight --folder {folder}`" in out
     assert "zebra" not in out + err
     records.write_text("a,b,y\n1,2,yes\n3,4,no\n")
     assert run(["site", "preflight", "-f", str(folder)]) == 0
@@ -138,7 +138,7 @@ def test_status_says_that_the_agent_is_not_running(
     capsys.readouterr()
     assert run(["site", "status", "-f", str(site)]) == 1
     out = capsys.readouterr().out
-    assert "agent        the agent is not running; start it with `anabranch site serve`" in out
+    assert f"not running; start it with `anabranch site serve --folder {site}`" in out
     assert run(["site", "status", "-f", str(site), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["running"] is False
 

@@ -258,6 +258,18 @@ def test_rounds_beyond_the_limit_are_refused_and_old_ones_are_not(ward: Ward) ->
     assert code_of(lambda: ward.train(3)) == "rounds"
 
 
+def test_a_round_with_another_adapter_is_another_round(ward: Ward) -> None:
+    ward.set(limits={"max_rounds": 2})
+    ward.approve()
+    ward.train(1)
+    before = adapter()
+    other = Adapter(before.spec, {name: one + 1 for name, one in before.arrays.items()})
+    ward.guard.train(assignment_of(ward.config, ward.signed, 1), other)
+
+    assert ward.used().trained == 2
+    assert code_of(lambda: ward.train(2)) == "rounds"
+
+
 def test_an_evaluation_is_no_round(ward: Ward) -> None:
     ward.approve()
     ward.evaluate(1)

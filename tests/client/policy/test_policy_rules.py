@@ -88,7 +88,7 @@ def messages(draw: st.DrawFn) -> Asked:
     if state is not None:
         entries[signed.proposal.digest] = entry_of(signed, config, state)
     used = Used(
-        trained=one_of(False, True),
+        questions=one_of((), ("q",)),
         seconds=one_of(0.0, 45.0, 90.0),
         down=one_of(0, 2_000_000),
         up=one_of(0, 700_000),
@@ -383,7 +383,7 @@ def using(**used: Any) -> Usage:
         (
             {"max_rounds": 2},
             {
-                "usage": Usage(run="run-1", rounds={n: Used(trained=True) for n in (7, 8)}),
+                "usage": Usage(run="run-1", rounds={n: Used(questions=("q",)) for n in (7, 8)}),
                 "round": 2,
             },
             "rounds",
@@ -434,9 +434,12 @@ def test_what_was_used_up_is_refused(
 
 
 def test_a_round_that_is_asked_for_again_is_no_new_round() -> None:
-    both = Usage(run="run-1", rounds={n: Used(trained=True) for n in (1, 2)})
+    both = Usage(run="run-1", rounds={n: Used(questions=("q",)) for n in (1, 2)})
+    policy = policy_of(limits={"max_rounds": 2})
 
-    assert decide(policy_of(limits={"max_rounds": 2}), asked_of(usage=both, round=2)) is None
+    assert decide(policy, asked_of(usage=both, round=2, question="q")) is None
+    code, _ = refusal(policy, asked_of(usage=both, round=2, question="with another adapter"))
+    assert code == "rounds"
 
 
 def test_outside_the_hours_nothing_is_done() -> None:

@@ -118,7 +118,7 @@ def test_a_renewed_certificate_is_used_at_once(
     fake: Watching, home: Home, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A service runs for longer than its first certificate."""
-    monkeypatch.setattr(enrol, "RENEW_SHARE", 1.1)
+    monkeypatch.setattr(enrol, "to_be_renewed", lambda *_: True)
     with enrolled_at(fake, home) as gateway:
         first = home.certificate.read_bytes()
         agent_of(gateway, home, data)[0].run(once=True)

@@ -24,6 +24,7 @@ from anabranch.edge.runtime.enrol import (
 from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.trust import read_trusted
 from anabranch.protocols.errors import DeviceError
+from anabranch.protocols.identity.authority import certificate_request
 from anabranch.storage.files import write_atomic
 from tests.edge.gateways import (
     SECRET,
@@ -160,7 +161,7 @@ def test_a_certificate_for_another_key_is_refused(fake: FakeGateway, tmp_path: P
     from cryptography.hazmat.primitives.asymmetric import ec
 
     other = ec.generate_private_key(ec.SECP256R1())
-    issued = fake.authority.issue(enrolment._request(other), "d-1", 90)
+    issued = fake.authority.issue(certificate_request(other), "d-1", 90)
 
     def changed(reply: edge_pb2.EnrollReply) -> edge_pb2.EnrollReply:
         from cryptography.hazmat.primitives.serialization import Encoding

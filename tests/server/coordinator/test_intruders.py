@@ -30,7 +30,7 @@ from anabranch.server.coordinator import enrolment
 from anabranch.server.coordinator.door_server import PeerProtocol
 from tests.server.coordinator.served import HOST, Served, free_port, served
 
-PROTOBUF = {"content-type": "application/x-protobuf", "accept": "application/x-protobuf"}
+PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
 
 # What stock Flower answers on its one port, to anybody who speaks TLS.
 FLOWERS = [

@@ -1,0 +1,110 @@
+"""What a coordinator that lies, and a neighbour on the same machine, cannot do to an agent."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
+from flwr.proto.run_pb2 import GetRunResponse, Run
+
+from anabranch.client.agent.agent import Agent
+from anabranch.client.agent.door import Door
+from anabranch.client.agent.identity import Identity
+from anabranch.client.agent.join import join_site
+from anabranch.client.agent.work import Doing
+from anabranch.client.fleet import Fleet, Refused
+from anabranch.client.policy.journal import LINES
+from anabranch.client.policy.rules import NotAllowed
+from anabranch.protocols.identity.join import Report, decode, encode
+from tests.client.agent.doors import Coordinator
+
+
+@pytest.fixture
+def site(door: Coordinator, records: Path, tmp_path: Path) -> Path:
+    """Return the folder of a joined site that others could look into."""
+    folder = tmp_path / "site"
+    folder.mkdir(mode=0o755)
+    join_site(door.invite(), records, folder)
+    return folder
+
+
+@pytest.fixture
+def fleet(site: Path) -> Iterator[Fleet]:
+    identity = Identity(site)
+    opened = Fleet(identity.address, identity.context(), identity.key())
+    yield opened
+    opened._client.close()
+
+
+@pytest.mark.parametrize("name", ["", "x" * 64, "a" * 10_000_000, "\x1b[2J" + "a" * 60])
+def test_a_message_is_named_by_a_hash(fleet: Fleet, name: str) -> None:
+    fleet._client.PullMessages = lambda request: PullMessagesResponse(  # type: ignore[method-assign]
+        messages_list=[Message(metadata=Metadata(message_id=name))],
+        message_object_trees=[ObjectTree(object_id=name)],
+    )
+
+    with pytest.raises(Refused, match="without a name"):
+        fleet.receive()
+
+
+@pytest.mark.parametrize("wants", ["", "F" * 64, "0" * 63, "0" * 10_000_000])
+def test_an_app_is_named_by_a_hash(fleet: Fleet, wants: str) -> None:
+    fleet._client.GetRun = lambda request: GetRunResponse(  # type: ignore[method-assign]
+        run=Run(fab_hash=wants)
+    )
+
+    with pytest.raises(Refused, match="names no app"):
+        fleet.app(1)
+
+
+def test_a_certificate_is_not_renewed_whenever_the_coordinator_says_so(
+    site: Path, door: Coordinator
+) -> None:
+    agent = Agent(site)
+    before = len(door.seen)
+    with Door(agent.identity) as opened:
+        renewed = [agent._renews(opened, True) for _ in range(5)]
+
+    assert renewed == [True, False, False, False, False]
+    assert [one.path for one in door.seen[before:]] == ["/site/renew"]
+
+
+def test_runs_for_other_software_do_not_fill_the_log(site: Path) -> None:
+    agent = Agent(site)
+    for number in range(3 * LINES):
+        agent.guarded.journal.refusal(str(number), None, NotAllowed("code", "other software"))
+
+    assert (site / "audit.jsonl").read_bytes().count(b'"refused"') == LINES
+
+
+@pytest.mark.parametrize("about", [{"run": "x" * 10_000}, {"run": "\x1b[2J"}, {"round": 2**70}])
+def test_what_a_message_says_of_itself_can_be_reported(about: dict[str, Any]) -> None:
+    doing = Doing("1")
+    doing.set("preparing", **about)
+
+    assert decode(encode(doing.report), Report) == doing.report
+
+
+def test_what_was_learned_from_records_is_for_the_owner_alone(site: Path) -> None:
+    old = os.umask(0)
+    try:
+        (site / "personal").mkdir(mode=0o755)
+        agent = Agent(site)
+        agent.stop.set()
+        agent.serve()
+    finally:
+        os.umask(old)
+
+    for name in ("answers", "personal", "feedback", "clipping", "runs", "identity"):
+        assert stat.S_IMODE((site / name).stat().st_mode) == 0o700, name
+    for file in site.rglob("*"):
+        assert not stat.S_IMODE(file.stat().st_mode) & 0o022, file
+    secret = {"identity/site.key", "audit.key", "audit.jsonl", "policy.toml", "state.json"}
+    for name in secret:
+        assert stat.S_IMODE((site / name).stat().st_mode) == 0o600, name
