@@ -47,7 +47,7 @@ class Plan:
 FULL = Plan(
     wide_rounds={"1mb": 11, "15mb": 8},
     peer_rounds={"1mb": 4, "15mb": 3},
-    kills=85,
+    kills=90,
     storm_rounds=70,
     soak_rounds=100,
 )

@@ -1,7 +1,8 @@
-"""What an agent says while there is nothing to do: what its owner has to do, and what it refused."""
+"""What an agent says with nothing to do: what its owner has to do, and what it refused."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -34,10 +35,8 @@ def told(why: AnabranchError | None) -> Told:
 
 def asks(one: Told, run: str) -> str:
     """Let a run ask; return what the agent says then."""
-    try:
+    with contextlib.suppress(AnabranchError):
         one.admit(run, config(), None)
-    except AnabranchError:
-        pass
     one.rest()
     return f"{one.doing.report.activity}: {one.doing.report.reason}"
 
