@@ -26,6 +26,7 @@ from types import FrameType
 from flwr.app import Context, Message, RecordDict
 
 from anabranch.client.agent.door import Door, renew_if_needed
+from anabranch.client.agent.door import Refused as TurnedAway
 from anabranch.client.agent.identity import PRIVATE_FOLDER, Identity
 from anabranch.client.agent.preflight import preflight
 from anabranch.client.agent.status import agent_state, write_state
@@ -261,7 +262,8 @@ class Agent:
                     fleet.beat()
                     beaten = time.monotonic()
             except (AnabranchError, OSError) as error:
-                why = why or str(error)
+                telling = isinstance(error, TurnedAway)  # more than that there is no connection
+                why = str(error) if telling else why or str(error)
                 if door is not None:
                     door.close()
                 door = None

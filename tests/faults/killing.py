@@ -25,7 +25,7 @@ from anabranch.simulations.grid import InProcessGrid
 from tests.faults.rig import Rig
 from tests.runs import write_site
 
-REACHED_S, RECOVERED_S = 120.0, 120.0  # to come to a step; to go on after a kill
+REACHED_S, RECOVERED_S = 240.0, 180.0  # to come to a step; to go on after a kill
 OVER = ("finished", "failed", "stopped")
 
 

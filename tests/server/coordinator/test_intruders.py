@@ -385,10 +385,10 @@ def raw(here: Served, identity: Identity, text: bytes) -> bytes:
         socket.create_connection((host, int(port)), 10) as plain,
         identity.context().wrap_socket(plain, server_hostname=host) as secure,
     ):
-        secure.sendall(text)
         secure.settimeout(10)
         parts = []
         try:
+            secure.sendall(text)
             while part := secure.recv(65536):
                 parts.append(part)
         except (TimeoutError, ConnectionError, ssl.SSLError):
