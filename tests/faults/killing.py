@@ -39,12 +39,14 @@ class Kill:
             the run says so; or "now"
     step    the so-manyth step of that label
     anew    the step is one of a new process: kill the one that is there first
+    alone   wait until the run has gone on before the next kill
     """
 
     who: str
     at: str = "now"
     step: int = 1
     anew: bool = False
+    alone: bool = True
 
     def __str__(self) -> str:
         return f"{self.who}, {self.at}" + (f" ({self.step})" if self.step > 1 else "")
@@ -78,8 +80,8 @@ RUN = (
     Kill("run", "renamed *evaluated.progress"),
 )
 END = (
-    Kill("run", "rename *report.html"),
-    Kill("run", "rename *summary.json"),
+    Kill("run", "rename *report.html", alone=False),
+    Kill("run", "rename *summary.json", alone=False),
     Kill("run", "renamed *summary.json"),
 )
 SITE = (
@@ -148,7 +150,7 @@ def storm(
 def strike(rig: Rig, run: str, kill: Kill, rng: random.Random) -> float | None:
     """Kill once; return the seconds from the restart until another round was merged, or the end.
 
-    None if the run is over before that step comes.
+    None if the run is over before that step comes; 0.0 if that is not waited for.
     """
     sites = _ended(rig, run, kill, rng)
     if sites is None:
@@ -159,6 +161,8 @@ def strike(rig: Rig, run: str, kill: Kill, rng: random.Random) -> float | None:
         rig.start(name)
     if not rig.coordinator.alive:
         rig.coordinator.start()
+    if not kill.alone:
+        return 0.0
     rig.until(
         lambda: rig.merged(run) > before or rig.run(run).state in OVER, RECOVERED_S, why=str(kill)
     )

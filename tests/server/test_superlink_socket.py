@@ -96,7 +96,7 @@ def test_two_processes_take_each_its_own_task(running: Link) -> None:
 
 
 def test_flowers_middlewares_look_at_the_paths_that_are_led_through_them() -> None:
-    found = {one.cls.__name__ for one in _get_middleware()}
+    found = {one.cls.__name__ for one in _get_middleware()}  # type: ignore[attr-defined]
 
     assert found - set(CONCERNS) == {"BaseHTTPMiddleware", "ProtobufTranslationMiddleware"}
     assert set(CONCERNS) <= found

@@ -20,6 +20,8 @@ Clock. $ANABRANCH_SKEW_S seconds are added to what this process takes for the ti
 (OpenSSL asks the system itself, so that the dates of certificates are compared with the real one.)
 """
 
+# mypy: ignore-errors
+# It puts itself in front of functions of other modules while they are imported.
 from __future__ import annotations
 
 import datetime
@@ -90,10 +92,10 @@ class _Plan:
 
 
 def _writes(plan: _Plan) -> None:
-    def hooked(name, done, where):  # type: ignore[no-untyped-def]
+    def hooked(name, done, where):
         real = getattr(os, name)
 
-        def call(*arguments, **keywords):  # type: ignore[no-untyped-def]
+        def call(*arguments, **keywords):
             what = where(*arguments)
             plan.step(f"{'fsync' if name == 'fsync' else 'rename'} {what}")
             result = real(*arguments, **keywords)
@@ -102,7 +104,7 @@ def _writes(plan: _Plan) -> None:
 
         setattr(os, name, call)
 
-    def opened(handle):  # type: ignore[no-untyped-def]
+    def opened(handle):
         try:
             number = handle if isinstance(handle, int) else handle.fileno()
             return os.readlink(f"/proc/self/fd/{number}")
@@ -120,7 +122,7 @@ class _Points(importlib.abc.MetaPathFinder):
     def __init__(self, plan: _Plan) -> None:
         self.plan = plan
 
-    def find_spec(self, name, path, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(self, name, path, target=None):
         if name not in POINTS and name not in (_CODE, _DATE):
             return None
         for finder in sys.meta_path:
@@ -130,7 +132,7 @@ class _Points(importlib.abc.MetaPathFinder):
                 return spec
         return None
 
-    def _load(self, load, module):  # type: ignore[no-untyped-def]
+    def _load(self, load, module):
         load(module)
         if module.__name__ == _DATE:
             now, off = module.now, datetime.timedelta(seconds=_SKEW)
@@ -143,9 +145,9 @@ class _Points(importlib.abc.MetaPathFinder):
             holder = getattr(module, kind)
             setattr(holder, name, self._wrapped(point, getattr(holder, name)))
 
-    def _wrapped(self, point, real):  # type: ignore[no-untyped-def]
+    def _wrapped(self, point, real):
         @functools.wraps(real)
-        def call(*arguments, **keywords):  # type: ignore[no-untyped-def]
+        def call(*arguments, **keywords):
             self.plan.step(f"call {point}")
             result = real(*arguments, **keywords)
             self.plan.step(f"called {point}")
