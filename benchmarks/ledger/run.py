@@ -2,7 +2,7 @@
 
 A site trains private rounds (logistic regression, records drawn here from a seed) and releases
 its updates into a folder, as in a federation. It is killed once before and once after every
-step of a round (reserve, witness, train, settle, encode, release), then at random moments, and
+step of a round (reserve, witness, train, commit, settle, release), then at random moments, and
 started again every time, on the same ledger, in a new run. The killed process has written down,
 synced, every training that began, and every update that was released. After every kill:
 
@@ -62,7 +62,7 @@ WAIT_S = 60.0  # for a process that kills itself
 RECORDS = 400
 POINTS = [
     (stage, when)
-    for stage in ("reserve", "witness", "train", "settle", "encode", "release")
+    for stage in ("reserve", "witness", "train", "commit", "settle", "release")
     for when in ("before", "after")
 ]
 CONFIG = RunConfig(

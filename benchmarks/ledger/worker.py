@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.client import local
+from anabranch.client.answers import Answers
 from anabranch.client.ledger import Ledger
 from anabranch.client.privacy import DpPlan, Spend
 from anabranch.client.site import Site
-from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.messages import Assignment
 from anabranch.storage.files import write_atomic
 from anabranch.storage.witness import Witnesses
 
-STAGES = ("start", "reserve", "witness", "train", "settle", "encode", "release", "between")
+STAGES = ("start", "reserve", "witness", "train", "commit", "settle", "release", "between")
 RUN_ROUNDS = 1000
 
 Stage = Callable[[str], None]
@@ -48,9 +48,9 @@ def work(
     the product to see where it is, so it belongs in a process of its own.
     """
     _watch(Ledger, "reserve", "reserve", stage, die)
-    _watch(Ledger, "settle", "settle", stage, die)
+    _watch(Ledger, "confirm", "settle", stage, die)
     _watch(Witnesses, "write", "witness", stage, die)
-    _watch(wire, "encode", "encode", stage, die)
+    _watch(Answers, "commit", "commit", stage, die)
     _watch(local, "fit_private", "train", stage, die, first=_note(folder, run))
     release = _watched(_release, "release", stage, die)
     site = Site(folder)

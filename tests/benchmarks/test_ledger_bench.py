@@ -24,7 +24,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def test_every_step_of_a_round_is_a_point_to_die_at() -> None:
-    steps = ["reserve", "witness", "train", "settle", "encode", "release"]
+    steps = ["reserve", "witness", "train", "commit", "settle", "release"]
 
     assert [stage for stage, when in POINTS if when == "before"] == steps
     assert [stage for stage, when in POINTS if when == "after"] == steps

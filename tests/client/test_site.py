@@ -211,7 +211,7 @@ def test_records_that_break_the_contract_are_refused_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, r"No such file.*A site's folder holds site\.toml with name and data"),
+        (None, r"No such file.*which holds site\.toml with name and data"),
         ('name = "North Hospital"\ndata = "x.csv"', r"Expected `str` matching regex"),
         ('name = "north"', r"missing required field `data`"),
         ('name = "north"\ndata = "x.csv"\npolicy = 1', r"unknown field `policy`"),

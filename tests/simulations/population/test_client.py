@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -21,7 +22,9 @@ from tests.simulations.populations import digits_run, population
 def test_held_out_records_are_evaluated_on_what_all_clients_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, whole = digits_run(), population(tmp_path, [30])
+    federation = msgspec.structs.replace(digits_run().federation, client_evaluation=True)
+    config = msgspec.structs.replace(digits_run(), federation=federation)
+    whole = population(tmp_path, [30])
     held = Partition(whole.partition.rows, whole.partition.start, np.array([12]))
     clients = dataclasses.replace(whole, partition=held)
     classifier = Models().classifier(config, "cpu")
