@@ -1,7 +1,7 @@
 # make demo    set up, then four hospitals fine-tune one encoder (minutes)
 # make test    set up, then the tests
 # make check   ruff, mypy, import rules      make test-slow   the slow tests
-# make test-faults   kills at every step, bad networks, bad machines; part of the slow tests
+# make test-faults   kills at every step, bad networks, bad machines: 20 minutes
 # make bench   all benchmarks, in full       make venv        set-up alone
 # make proto   edge/generated from protocols/edge.proto
 PYTHON ?= python3.11
@@ -24,7 +24,7 @@ test: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/installed-all .venv-edge/installed
-	$(BIN)/python -m pytest -m slow --timeout 1500
+	$(BIN)/python -m pytest -m "slow and not long" --timeout 1500
 
 test-faults: .venv/installed-all
 	$(BIN)/python -m pytest tests/faults -m slow --timeout 900
