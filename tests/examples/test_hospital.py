@@ -74,8 +74,9 @@ class Terminal:
             until(lambda: self.state(entry.run) in ("finished", "failed"), "the run is over")
             assert self.state(entry.run) == "finished"
         else:
-            if words[1:4] == ["site", "policy", "list"]:
-                until(self.proposed, "the site has heard of the run")
+            if words[1:4] in (["site", "policy", "list"], ["site", "policy", "approve"]):
+                site = words[words.index("-f") + 1]
+                until(lambda: self.proposed(site), f"{site} has heard of the run")
             self.do(words)
             if words[1:3] == ["coordinator", "stop"]:
                 newest = self.federation.state.runs()[-1].run
@@ -106,8 +107,8 @@ class Terminal:
         assert entry is not None
         return entry.state
 
-    def proposed(self) -> bool:
-        file = self.here / "st-anna" / "approvals.json"
+    def proposed(self, site: str) -> bool:
+        file = self.here / site / "approvals.json"
         return file.exists() and "readmission" in file.read_text()
 
     def end(self, job: subprocess.Popen[bytes]) -> None:
