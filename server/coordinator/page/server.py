@@ -19,7 +19,7 @@ from pathlib import Path
 
 import uvicorn
 
-from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.errors import AnabranchError, ConfigError
 from anabranch.server.coordinator.child import end_with_parent
 from anabranch.server.coordinator.door import server_context
 from anabranch.server.coordinator.door_server import bounded
@@ -89,9 +89,13 @@ async def serve(federation: Federation) -> None:
     async def keep_up() -> None:
         while not server.should_exit:
             await asyncio.sleep(RENEW_S)
-            if config.ssl is not None:
+            if config.ssl is None:
+                continue
+            try:
                 key, certificate = federation.server_credentials()
                 config.ssl.load_cert_chain(certificate, key)
+            except (AnabranchError, OSError) as error:
+                log.error("certificate: %s", error)
 
     keeping = asyncio.create_task(keep_up())
     try:
