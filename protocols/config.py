@@ -12,6 +12,9 @@ from typing import Annotated
 
 import msgspec
 
+from anabranch.protocols.config_noise import check_noise
+from anabranch.protocols.config_private import check_client_private, check_private
+from anabranch.protocols.config_secure import check_secure
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import (
@@ -19,7 +22,6 @@ from anabranch.protocols.tables import (
     ONE_FACTOR,
     REGAUGED,
     RESIDUAL,
-    SEPARABLE,
     ClientPrivacy,
     Column,
     Contract,
@@ -32,6 +34,7 @@ from anabranch.protocols.tables import (
     Privacy,
     Release,
     Robust,
+    SecureAggregation,
     Server,
     Task,
     Training,
@@ -55,6 +58,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     personal: Personal = Personal()
     privacy: Privacy | None = None
     client_privacy: ClientPrivacy | None = None
+    secure_aggregation: SecureAggregation | None = None
     release: Release = Release()
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
@@ -166,9 +170,12 @@ def _check(config: RunConfig) -> None:
         )
     _check_method(config)
     if config.privacy is not None:
-        _check_private(config)
+        check_private(config)
     if config.client_privacy is not None:
-        _check_client_private(config.client_privacy, config)
+        check_client_private(config.client_privacy, config)
+    if config.secure_aggregation is not None:
+        check_secure(config.secure_aggregation, config)
+    check_noise(config)
 
 
 def _check_selection(config: RunConfig) -> None:
@@ -286,64 +293,3 @@ def _check_column(path: str, column: Column) -> None:
         raise ConfigError(f"{path}: min, max, mean and std belong to a number, not {column.type}")
     if low is not None and high is not None and low > high:
         raise ConfigError(f"{path}: min {low:g} is above max {high:g}")
-
-
-def _check_private(config: RunConfig) -> None:
-    if config.training.local_steps is None:
-        raise ConfigError(
-            "training.local_steps is required with [privacy]: the number of noisy "
-            "steps per round decides epsilon and must be fixed in advance"
-        )
-    if config.training.class_weights == "balanced":
-        raise ConfigError(
-            'training.class_weights = "balanced" is computed from the records and '
-            "would not be covered by [privacy]: give one fixed number per label"
-        )
-
-
-def _check_client_private(privacy: ClientPrivacy, config: RunConfig) -> None:
-    """Refuse what would release more than the accounted sums, or break their sensitivity."""
-    federation, method, goes = config.federation, config.method, "[client_privacy] does not go with"
-    if method not in SEPARABLE:
-        raise ConfigError(
-            f'{goes} federation.method = "{method}": its clients send factors whose products are '
-            f"added, not one update each. Take one of {', '.join(sorted(SEPARABLE))}"
-        )
-    if federation.mixed_ranks:
-        raise ConfigError(
-            f"{goes} federation.mixed_ranks: noise covers one part, which all sites train"
-        )
-    if federation.buffer is not None:
-        raise ConfigError(
-            f"{goes} federation.buffer: who is fast enough is no Poisson sample. Leave buffer out"
-        )
-    if config.robust is not None:
-        raise ConfigError(
-            f"{goes} [robust]: every update is clipped already, and the sensitivity of a robust "
-            "rule is not known. Leave [robust] out"
-        )
-    if federation.normalize_steps:
-        raise ConfigError(
-            f"{goes} federation.normalize_steps: steps are counts of records, and not noised. "
-            "Leave it out, and set training.local_steps"
-        )
-    if federation.quorum != 1:
-        raise ConfigError(
-            f"{goes} federation.quorum = {federation.quorum}: a cohort is a random sample, and a "
-            "round whose size decided something would tell who took part. Leave quorum out"
-        )
-    if federation.client_evaluation and config.training.holdout > 0:
-        raise ConfigError(
-            f"{goes} federation.client_evaluation: metrics of clients are not noised. Set "
-            "client_evaluation = false, and give the coordinator records of its own"
-        )
-    if federation.weighting == "examples" and privacy.max_examples is None:
-        raise ConfigError(
-            f'{goes} federation.weighting = "examples": a weight without a cap has no '
-            'sensitivity. Set federation.weighting = "uniform", or client_privacy.max_examples'
-        )
-    if federation.weighting == "uniform" and privacy.max_examples is not None:
-        raise ConfigError(
-            'client_privacy.max_examples is for federation.weighting = "examples": leave one of '
-            "the two out"
-        )

@@ -6,7 +6,7 @@ say is checked where the whole file is known.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 
@@ -203,6 +203,9 @@ class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     clipping_norm: ClippingNorm = 1.0  # C; adaptive: the first one
     target_quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5  # adaptive: share within C
     engine: Engine = "fast"  # "opacus": the reference; also used for layers "fast" does not know
+    # local: each site noises its own steps; distributed: the members of a secure sum noise it
+    # together, so a site's share is smaller (docs/distributed_noise.md)
+    noise: Literal["local", "distributed"] = "local"
 
 
 class ClientPrivacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,7 +224,61 @@ class ClientPrivacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_examples: Count | None = None  # weight min(n / max_examples, 1); None: all count the same
 
 
+class SecureAggregation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[secure_aggregation]: the coordinator learns the sum of a round's updates, and no update."""
+
+    minimum: Annotated[int, msgspec.Meta(ge=2)] = 3  # updates in a sum that is opened, at least
+    threshold: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 2 / 3  # t = ⌊threshold · n⌋ + 1 stay
+    colluding: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.1  # share that may help it
+    range: Positive = 4.0  # every value of an update lies in [−range, range]
+    value_bits: Annotated[int, msgspec.Meta(ge=8, le=32)] = 20  # per value, at least
+    ring: Literal[16, 24, 32, 64] | None = None  # bits; None: the narrowest that holds the sum
+    group: Annotated[int, msgspec.Meta(ge=2)] | None = None  # sites of a group; for [robust] alone
+    keystream: Literal["fastest", "aes-256-ctr", "chacha20"] = "fastest"  # at the coordinator
+    deadline_s: Positive = 120.0  # of each of the five stages after training
+
+
 class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[release]: what is made of the best adapter."""
 
     int8_tolerance: Share = 0.01  # accuracy the int8 model may lose against fp32
+
+
+class Tables(Protocol):
+    """What checks of several tables look at: RunConfig (config.py), which imports them."""
+
+    @property
+    def training(self) -> Training:
+        """Return [training]."""
+
+    @property
+    def federation(self) -> Federation:
+        """Return [federation]."""
+
+    @property
+    def method(self) -> Method:
+        """Return the aggregation method, that of the run's situation if none is given."""
+
+    @property
+    def robust(self) -> Robust | None:
+        """Return [robust]."""
+
+    @property
+    def uplink(self) -> Uplink:
+        """Return [uplink]."""
+
+    @property
+    def kept(self) -> object | None:
+        """Return what every site keeps to itself; None: nothing."""
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """Return [privacy]."""
+
+    @property
+    def client_privacy(self) -> ClientPrivacy | None:
+        """Return [client_privacy]."""
+
+    @property
+    def secure_aggregation(self) -> SecureAggregation | None:
+        """Return [secure_aggregation]."""
