@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from anabranch.protocols.errors import MalformedMessage
+from anabranch.protocols.identity.peer import Announced
 from anabranch.protocols.identity.proposal import Hex, Short
 from anabranch.protocols.messages import M
 from anabranch.protocols.tables import Name
@@ -56,6 +57,7 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     secret: Annotated[str, msgspec.Meta(min_length=43, max_length=43)]
     request: Pem  # PKCS #10; its key is also the key of Flower's node
     version: Short  # of anabranch
+    peer: Announced | None = None  # the key that other sites know this one by; None: it has none
 
 
 class Joined(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +78,7 @@ class Renew(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A request for a new certificate of the key that the connection proves."""
 
     request: Pem
+    peer: Announced | None = None  # as in Join: how a site that had none announces one
 
 
 class Renewed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,6 +4,9 @@
     digest     SHA-256 of it: what is approved or rejected, and what the audit logs name
     signature  Ed25519 (RFC 8032) of DOMAIN ‖ proposal, by the run's author
 
+A value that a proposal does not have (`roster` None) is not in its JSON: the digest of a proposal
+from before there were rosters is the one it always was.
+
 A signed proposal comes with every message of a run. A site checks that it fits the message: its
 configuration has the proposal's digest, its run the proposal's name.
 """
@@ -32,7 +35,9 @@ Short = Annotated[
 ]
 
 
-class Proposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Proposal(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """One run, in digests. Two proposals are the same if they are equal in every value."""
 
     federation: Name
@@ -43,6 +48,7 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     config: Hex  # RunConfig.digest()
     base: Short  # the base model: its name, or its digest where it has one
     contract: Hex  # `contract_digest(config)`
+    roster: Hex | None = None  # secagg Roster.digest: among whom updates are summed
 
     @property
     def encoded(self) -> bytes:
@@ -92,7 +98,10 @@ def contract_digest(config: RunConfig) -> str:
 
 
 def require_fits(proposal: Proposal, run: str, config: RunConfig) -> None:
-    """Raise ProtocolError unless a message of `run` with `config` is what was proposed."""
+    """Raise ProtocolError unless a message of `run` with `config` is what was proposed.
+
+    A run with [secure_aggregation] must have been proposed with its roster.
+    """
     for what, proposed, got in (
         ("run", proposal.run, run),
         ("configuration", proposal.config, config.digest()),
@@ -104,3 +113,8 @@ def require_fits(proposal: Proposal, run: str, config: RunConfig) -> None:
                 f"run {proposal.run}: the message has {what} {got[:64]!r}, the signed proposal "
                 f"{proposed[:64]!r}; nothing was done"
             )
+    if config.secure_aggregation is not None and proposal.roster is None:
+        raise ProtocolError(
+            f"run {proposal.run}: it has [secure_aggregation], and its proposal has no roster: "
+            "nobody has signed among whom updates are summed. Propose the run again"
+        )

@@ -32,6 +32,7 @@ from anabranch.protocols.identity.join import (
     Renewed,
     Report,
 )
+from anabranch.protocols.identity.peer import require_possessed
 from anabranch.protocols.tables import Name
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.state import SiteEntry
@@ -88,11 +89,13 @@ def join(federation: Federation, asked: Join, now: float, register: Register) ->
 
     Of many that come with one invitation, one key gets in. Raises ProtocolError for an invitation
     that is unknown, used or expired (one text for all), for a key that was in the roster before,
-    and for the name of an active site; MalformedMessage for a request that is none; and what
+    for the name of an active site, and for a peer key that is another site's or that the request
+    does not prove; MalformedMessage for a request that is none; and what
     `register` raises: then no site was added, and the invitation is not used up.
     """
     state = federation.state
     key = authority.request_key(asked.request.encode())
+    peer = _peer_key(federation, asked)
     digest, hashed = authority.key_digest(key), secret_hash(asked.secret)
     name = state.redeem(hashed, now, digest)
     try:
@@ -103,7 +106,9 @@ def join(federation: Federation, asked: Join, now: float, register: Register) ->
         certificate = _certificate(federation, key, name, now)
         node = register(pem)
         serial = str(certificate.serial_number)
-        federation.audit.append("joined", site=name, key=digest, serial=serial, node=str(node))
+        federation.audit.append(
+            "joined", site=name, key=digest, serial=serial, node=str(node), peer=peer
+        )
         state.add_site(
             SiteEntry(
                 name=name,
@@ -114,6 +119,7 @@ def join(federation: Federation, asked: Join, now: float, register: Register) ->
                 expires=certificate.not_valid_after_utc.timestamp(),
                 serial=serial,
                 version=asked.version,
+                peer_key=peer,
             )
         )
     except BaseException:
@@ -136,7 +142,9 @@ def join(federation: Federation, asked: Join, now: float, register: Register) ->
 def renew(federation: Federation, site: SiteEntry, asked: Renew, now: float) -> Renewed:
     """Return a new certificate for the key that the connection proved, and no other.
 
-    Raises ProtocolError for another key, and for a site that is not active.
+    A peer key that comes along is taken over: sites that joined before there were any announce
+    theirs like this. Raises ProtocolError for another key, for a site that is not active, and for
+    a peer key that is another site's or that the request does not prove.
     """
     key = authority.request_key(asked.request.encode())
     if authority.key_digest(key) != site.key:
@@ -147,6 +155,11 @@ def renew(federation: Federation, site: SiteEntry, asked: Renew, now: float) -> 
     there = federation.state.site(site.name)
     if there is None or (there.key, there.status) != (site.key, "active"):
         raise ProtocolError(f"site {site.name}: not active any more; join again")
+    peer = _peer_key(federation, asked)
+    if peer is not None and peer != there.peer_key:
+        federation.state.set_site(site.name, peer_key=peer)
+        federation.audit.append("peer-key", site=site.name, peer=peer, before=there.peer_key)
+        federation.backup()
     certificate = _certificate(federation, key, site.name, now)
     serial = str(certificate.serial_number)
     expires = certificate.not_valid_after_utc.timestamp()
@@ -156,12 +169,16 @@ def renew(federation: Federation, site: SiteEntry, asked: Renew, now: float) -> 
 
 
 def report(federation: Federation, site: SiteEntry, said: Report, now: float) -> Heard:
-    """Keep what a site says; tell it if its certificate is to be renewed."""
+    """Keep what a site says; tell it if its certificate is to be renewed.
+
+    It is, too, if the site has announced no peer key, and its release has one to announce.
+    """
     federation.state.report(site.name, said, now)
     if said.version and said.version != site.version:
         federation.state.set_site(site.name, version=said.version)
     share = (site.expires - now) / (federation.settings.site_days * DAY_S)
-    return Heard(time=now, renew=share < authority.RENEW_SHARE)
+    silent = site.peer_key is None and said.version == federation.version
+    return Heard(time=now, renew=silent or share < authority.RENEW_SHARE)
 
 
 def leave(
@@ -202,6 +219,14 @@ def public_pem(key: authority.PublicKey) -> bytes:
 def _require_new(known: str | None, name: str) -> None:
     if known is not None:
         raise ProtocolError(f"site {name}: this key was in the roster before; make a new one")
+
+
+def _peer_key(federation: Federation, asked: Join | Renew) -> str | None:
+    """Return the peer key that was announced, hex; ProtocolError if its holder did not ask."""
+    if asked.peer is None:
+        return None
+    root = authority.fingerprint(federation.root())
+    return require_possessed(asked.peer, asked.request.encode(), root)
 
 
 def _certificate(

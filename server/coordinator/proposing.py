@@ -1,6 +1,8 @@
 """Runs, as the operator asks for them: proposed, stopped, resumed, continued under a new agreement.
 
-    propose    run.toml is checked, signed by its author, and queued; sites decide by themselves
+    propose    run.toml is checked, signed by its author, and queued; sites decide by themselves.
+               With [secure_aggregation] the author signs the roster, too: every site that is in
+               now, with its peer key. Who joins later takes no part in that run
     stop       the run's process ends between two messages; what was merged is kept
     resume     it goes on where it was
     continued  a changed run.toml is a new run, with an id and approvals of its own, whose first
@@ -19,6 +21,7 @@ import msgspec
 from anabranch.protocols.config import RunConfig, parse
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.identity.proposal import Proposal, contract_digest, sign
+from anabranch.protocols.secagg.terms import Peer, Roster
 from anabranch.server.coordinator.folder import AUTHOR, Federation
 from anabranch.server.coordinator.state import RunEntry
 from anabranch.server.store import new_run
@@ -40,13 +43,15 @@ def propose(
 
     `validation` and `test` are the coordinator's own records, with which there is a release at the
     end; `continues` is the run whose last adapter is the first of this one. Raises ConfigError,
-    PrivacyError or DataError for whatever would end the run at its start; nothing is stored then.
+    PrivacyError or DataError for whatever would end the run at its start, and for a run with
+    [secure_aggregation] that too few sites with a peer key are in for; nothing is stored then.
     """
     text = _read(run_toml)
     config = parse(text, source=str(run_toml))
     _require_can_begin(config, validation=validation, test=test)
     if continues is not None:
         _require_continues(federation, existing(federation, continues), config, str(run_toml))
+    roster = None if config.secure_aggregation is None else _roster(federation, config)
     run = new_run(config.name)
     signed = sign(
         Proposal(
@@ -58,6 +63,7 @@ def propose(
             config=config.digest(),
             base=config.model.base,
             contract=contract_digest(config),
+            roster=None if roster is None else roster.digest,
         ),
         federation.author(author),
     )
@@ -79,8 +85,9 @@ def propose(
         config=signed.proposal.config,
         code=signed.proposal.code,
         continues=continues,
+        **({} if roster is None else {"roster": roster.digest, "sites": len(roster.peers)}),
     )
-    federation.state.propose(entry)
+    federation.state.propose(entry, roster)
     return entry
 
 
@@ -149,6 +156,20 @@ def existing(federation: Federation, run: str) -> RunEntry:
     return found
 
 
+def roster_of(federation: Federation, run: str, proposal: Proposal) -> Roster | None:
+    """Return the roster that a run was proposed with; None: it has none.
+
+    Raises ConfigError if what is kept is not what the author signed.
+    """
+    roster = federation.state.roster(run)
+    if proposal.roster != (None if roster is None else roster.digest):
+        raise ConfigError(
+            f"run {run}: the roster in the state is not the one that {proposal.author} signed; "
+            "restore the state from a backup, or propose the run again"
+        )
+    return roster
+
+
 _CONTINUE = "`anabranch coordinator resume RUN --config NEW.toml`"
 
 
@@ -191,6 +212,29 @@ def _require_continues(
             f"{source}: [privacy] cannot be promised of an adapter that run {old.run} trained "
             "without; propose it as a run of its own"
         )
+
+
+def _roster(federation: Federation, config: RunConfig) -> Roster:
+    """Return the roster of all sites that are in; ConfigError if no sum could be opened."""
+    assert config.secure_aggregation is not None
+    active = [site for site in federation.state.sites() if site.status == "active"]
+    peers = [Peer(name=one.name, key=one.peer_key) for one in active if one.peer_key is not None]
+    silent = [one.name for one in active if one.peer_key is None]
+    need = max(config.secure_aggregation.minimum, config.federation.quorum)
+    if len(peers) < need:
+        said = f"{len(peers)} ({', '.join(one.name for one in peers)})" if peers else "none"
+        advice = (
+            f". {', '.join(silent)}: active, and no peer key announced: update anabranch there and "
+            "start the agent, which announces one by itself"
+            if silent
+            else ""
+        )
+        raise ConfigError(
+            f"[secure_aggregation]: a round needs {need} sites with a peer key, and {said} "
+            f"{'is' if len(peers) == 1 else 'are'} active{advice}. Who joins after the proposal "
+            "takes no part: propose when all are in"
+        )
+    return Roster.of(peers)
 
 
 def _require_can_begin(config: RunConfig, **records: Path | None) -> None:

@@ -13,8 +13,9 @@ from anabranch.protocols.errors import MalformedMessage
 from anabranch.protocols.identity import join
 
 HEX = "ab" * 32
+PEER = {"key": HEX, "proof": HEX * 2}
 GOOD: dict[type[msgspec.Struct], dict[str, Any]] = {
-    join.Join: {"secret": "s" * 43, "request": "PEM", "version": "0.7.0"},
+    join.Join: {"secret": "s" * 43, "request": "PEM", "version": "0.7.0", "peer": PEER},
     join.Joined: {
         "site": "st-anna",
         "federation": "heart",
@@ -26,7 +27,7 @@ GOOD: dict[type[msgspec.Struct], dict[str, Any]] = {
         "time": 1.5,
         "contract": "[task]",
     },
-    join.Renew: {"request": "PEM"},
+    join.Renew: {"request": "PEM", "peer": PEER},
     join.Renewed: {"certificate": "PEM"},
     join.Report: {
         "boot": HEX,

@@ -21,6 +21,7 @@ from anabranch.protocols.identity.proposal import (
     require_fits,
     sign,
 )
+from anabranch.protocols.tables import SecureAggregation
 from tests.runs import table_run
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -49,6 +50,7 @@ VALUES = {
     "config": hexes,
     "base": short,
     "contract": hexes,
+    "roster": hexes | st.none(),
 }
 proposals = st.builds(Proposal, **VALUES)
 
@@ -96,11 +98,29 @@ def test_a_signature_without_its_domain_or_for_another_purpose_is_refused() -> N
 
 def test_what_is_signed_is_canonical_json() -> None:
     """Another program gets the same bytes: keys in order, no spaces."""
-    values = {name: getattr(PROPOSAL, name) for name in Proposal.__struct_fields__}
-    text = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    for roster in (None, "ef" * 32):
+        proposal = msgspec.structs.replace(PROPOSAL, roster=roster)
+        values = {name: getattr(proposal, name) for name in Proposal.__struct_fields__}
+        there = {name: value for name, value in values.items() if value is not None}
+        text = json.dumps(there, sort_keys=True, separators=(",", ":")).encode()
 
-    assert PROPOSAL.encoded == text
-    assert PROPOSAL.digest == hashlib.sha256(text).hexdigest()
+        assert proposal.encoded == text
+        assert proposal.digest == hashlib.sha256(text).hexdigest()
+
+
+def test_a_proposal_without_a_roster_has_the_digest_it_had_before_there_were_any() -> None:
+    """Runs that owners approved stay approved; the text is one that an earlier version wrote."""
+    text = (
+        b'{"author":"dr-lee","base":"tiny","code":"' + b"ab" * 32 + b'","config":"' + b"cd" * 32
+        + b'","contract":"' + b"ef" * 32 + b'","federation":"heart","run":"heart-1",'
+        b'"version":"0.7.0"}'
+    )  # fmt: skip
+    before = msgspec.json.decode(text, type=Proposal)
+    assert before.encoded == text
+    assert before.digest == "4c010de9ad939f72376929babb61dc1c1744e6e2449064ced6d85c612397fdfb"
+    assert b"roster" not in msgspec.json.encode(sign(before, KEY))
+    named = msgspec.structs.replace(before, roster="00" * 32)
+    assert named.digest != before.digest
 
 
 @pytest.mark.parametrize("name", ["key", "signature"])
@@ -139,6 +159,14 @@ def test_a_message_that_was_not_proposed_is_refused(change: dict[str, str], what
     proposed = msgspec.structs.replace(PROPOSAL, **change)
     with pytest.raises(ProtocolError, match=f"the message has {what}.*nothing was done"):
         require_fits(proposed, "heart-1", CONFIG)
+
+
+def test_a_run_that_sums_securely_fits_only_with_a_roster() -> None:
+    config = msgspec.structs.replace(CONFIG, secure_aggregation=SecureAggregation())
+    without = msgspec.structs.replace(PROPOSAL, config=config.digest())
+    with pytest.raises(ProtocolError, match=r"its proposal has no roster.*Propose the run again"):
+        require_fits(without, "heart-1", config)
+    require_fits(msgspec.structs.replace(without, roster="00" * 32), "heart-1", config)
 
 
 def test_each_part_of_a_configuration_counts() -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 from anabranch.protocols.errors import ConfigError, MalformedMessage, ProtocolError, RunError
 from anabranch.protocols.identity import authority
 from anabranch.protocols.identity.invitation import Invitation
 from anabranch.protocols.identity.join import Join, Joined, Leave, Renew, Report, encode
+from anabranch.protocols.identity.peer import Announced, announce, public_hex
 from anabranch.server.coordinator import enrolment
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.state import NO_INVITATION, SiteEntry
@@ -366,6 +370,103 @@ def test_a_certificate_is_renewed_for_the_same_key_alone(
     with pytest.raises(ProtocolError, match="for the same key"):
         enrolment.renew(federation, after, Renew(request=other), later)
     assert site(federation) == after
+
+
+def announced(
+    federation: Federation, request: str, peer: Ed25519PrivateKey | None = None
+) -> tuple[Announced, str]:
+    """Return an announcement that proves its key, and the key."""
+    peer = peer or Ed25519PrivateKey.generate()
+    root = authority.fingerprint(federation.root())
+    return announce(peer, request.encode(), root), public_hex(peer)
+
+
+def test_a_site_joins_with_the_peer_key_that_it_proves(
+    federation: Federation, nodes: Nodes
+) -> None:
+    invitation = enrolment.invite(federation, "north", NOW)
+    ask = asked(invitation, authority.new_key())
+    peer, key = announced(federation, ask.request)
+    ask = msgspec.structs.replace(ask, peer=peer)
+    enrolment.join(federation, ask, NOW, nodes.register)
+    assert site(federation).peer_key == key
+    assert f'"peer":"{key}"' in federation.audit.path.read_text()
+    enrolment.join(federation, ask, NOW + 1, nodes.register)  # its answer was lost
+    assert site(federation).peer_key == key
+
+
+PROOFS: dict[str, Callable[[Federation, str, Announced], Announced]] = {
+    "a changed signature": lambda _, __, one: replace(one, proof="00" + one.proof[2:]),
+    "another key": lambda _, __, one: replace(one, key=public_hex(Ed25519PrivateKey.generate())),
+    "no key at all": lambda _, __, one: replace(one, key="ff" * 32),
+    "that of another request": lambda f, _, __: announced(
+        f, authority.certificate_request(authority.new_key()).decode()
+    )[0],
+    "that of another federation": lambda _, request, __: announce(
+        Ed25519PrivateKey.generate(), request.encode(), "00" * 32
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROOFS)
+def test_a_peer_key_that_is_not_proved_lets_nobody_in(
+    federation: Federation, nodes: Nodes, case: str
+) -> None:
+    invitation = enrolment.invite(federation, "north", NOW)
+    ask = asked(invitation, authority.new_key())
+    good, _ = announced(federation, ask.request)
+    wrong = PROOFS[case](federation, ask.request, good)
+    lines = federation.audit.path.read_text()
+    with pytest.raises(ProtocolError, match="did not sign this certificate request"):
+        enrolment.join(federation, replace(ask, peer=wrong), NOW, nodes.register)
+    assert federation.state.sites() == []
+    assert nodes.keys == []
+    assert federation.audit.path.read_text() == lines
+    enrolment.join(federation, replace(ask, peer=good), NOW, nodes.register)  # not used up
+
+
+def test_another_sites_peer_key_lets_nobody_in(federation: Federation, nodes: Nodes) -> None:
+    shared = Ed25519PrivateKey.generate()
+    for name in ("north", "south"):
+        invitation = enrolment.invite(federation, name, NOW)
+        ask = asked(invitation, authority.new_key())
+        ask = replace(ask, peer=announced(federation, ask.request, shared)[0])
+        if name == "north":
+            enrolment.join(federation, ask, NOW, nodes.register)
+            continue
+        with pytest.raises(ProtocolError, match="its peer key is that of site north"):
+            enrolment.join(federation, ask, NOW, nodes.register)
+    assert [one.name for one in federation.state.sites()] == ["north"]
+
+
+def test_a_site_that_joined_without_a_peer_key_announces_one_with_its_next_renewal(
+    federation: Federation, nodes: Nodes
+) -> None:
+    _, key = joined(federation, nodes)
+    said = Report(boot="0" * 64, activity="idle", since=NOW, version=federation.version)
+    old = msgspec.structs.replace(said, version="0.0.0")
+    assert not enrolment.report(federation, site(federation), old, NOW).renew  # it has none to say
+    assert enrolment.report(federation, site(federation), said, NOW).renew
+    request = authority.certificate_request(key).decode()
+    peer, public = announced(federation, request)
+    enrolment.renew(federation, site(federation), Renew(request=request, peer=peer), NOW)
+    assert site(federation).peer_key == public
+    assert kinds(federation)[-2:] == ["peer-key", "renewed"]
+    assert not enrolment.report(federation, site(federation), said, NOW).renew
+    enrolment.renew(federation, site(federation), Renew(request=request), NOW)
+    assert site(federation).peer_key == public  # what is not said is not forgotten
+
+
+def test_a_renewal_with_a_wrong_proof_changes_nothing(federation: Federation, nodes: Nodes) -> None:
+    _, key = joined(federation, nodes)
+    before, lines = site(federation), federation.audit.path.read_text()
+    request = authority.certificate_request(key).decode()
+    other = authority.certificate_request(authority.new_key()).decode()
+    wrong = Renew(request=request, peer=announced(federation, other)[0])
+    with pytest.raises(ProtocolError, match="did not sign this certificate request"):
+        enrolment.renew(federation, before, wrong, NOW)
+    assert site(federation) == before
+    assert federation.audit.path.read_text() == lines
 
 
 def test_a_site_that_was_revoked_meanwhile_gets_no_new_certificate(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from anabranch.protocols.config import parse
 from anabranch.protocols.errors import ConfigError, DataError, PrivacyError
 from anabranch.protocols.identity.audit import public_key, read_line, require_signed
 from anabranch.protocols.identity.proposal import Signed, require_fits
+from anabranch.protocols.secagg.terms import Peer, Roster
 from anabranch.server.coordinator import proposing
 from anabranch.server.coordinator.exporting import export
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.proposing import propose, resume, resume_with, stop
-from anabranch.server.coordinator.state import RunEntry
+from anabranch.server.coordinator.state import RunEntry, SiteEntry
 from tests.runs import TABLE_RUN, write_table
 
 NOW = 1_000_000.0
@@ -100,6 +103,76 @@ def test_the_coordinators_own_records_are_checked_and_kept_by_their_whole_path(
     with pytest.raises(DataError):
         propose(federation, toml(tmp_path), NOW, validation=Path("own.csv"))
     assert len(federation.state.runs()) == 1
+
+
+SECURE = "\n[secure_aggregation]\nminimum = 3\n"
+
+
+def join_sites(federation: Federation, count: int, **changes: Any) -> None:
+    """Let sites in; each with a peer key, unless `changes` says otherwise."""
+    for number in range(count):
+        entry = SiteEntry(
+            name=f"site-{number}", key=f"{number:064x}", public_key="PEM", joined=NOW, expires=NOW,
+            serial="1", version="1", peer_key=f"{number:064x}",
+        )  # fmt: skip
+        federation.state.add_site(msgspec.structs.replace(entry, **changes.get(entry.name, {})))
+
+
+def test_a_run_that_sums_securely_is_signed_with_all_sites_that_are_in(
+    federation: Federation, tmp_path: Path
+) -> None:
+    no_key, gone = {"peer_key": None}, {"status": "revoked"}
+    join_sites(federation, 6, **{"site-1": no_key, "site-4": gone})
+    entry = propose(federation, toml(tmp_path, extra=SECURE), NOW)
+    proposal = msgspec.json.decode(entry.signed, type=Signed).verified()
+    roster = federation.state.roster(entry.run)
+    assert roster is not None
+    assert [peer.name for peer in roster.peers] == ["site-0", "site-2", "site-3", "site-5"]
+    assert proposal.roster == roster.digest
+    assert proposing.roster_of(federation, entry.run, proposal) == roster
+    assert f'"roster":"{roster.digest}"' in federation.audit.path.read_text()
+    require_fits(proposal, entry.run, parse(entry.toml, source="run.toml"))
+    federation.state.set_site("site-1", peer_key="99" * 32)  # too late for this run
+    assert federation.state.roster(entry.run) == roster
+
+
+def test_a_run_that_sums_nothing_has_no_roster(federation: Federation, tmp_path: Path) -> None:
+    join_sites(federation, 4)
+    entry = propose(federation, toml(tmp_path), NOW)
+    proposal = msgspec.json.decode(entry.signed, type=Signed).proposal
+    assert proposal.roster is None
+    assert proposing.roster_of(federation, entry.run, proposal) is None
+
+
+def test_too_few_sites_with_a_peer_key_are_named_and_nothing_is_stored(
+    federation: Federation, tmp_path: Path
+) -> None:
+    file = toml(tmp_path, extra=SECURE)
+    with pytest.raises(ConfigError, match="needs 3 sites with a peer key, and none are active"):
+        propose(federation, file, NOW)
+    join_sites(federation, 3, **{"site-1": {"peer_key": None}})
+    with pytest.raises(
+        ConfigError,
+        match=r"2 \(site-0, site-2\) are active\. site-1: active, and no peer key announced.*"
+        r"Who joins after the proposal takes no part",
+    ):
+        propose(federation, file, NOW)
+    assert federation.state.runs() == []
+    assert "proposed" not in kinds(federation)
+
+
+def test_a_roster_that_was_changed_in_the_state_is_not_used(
+    federation: Federation, tmp_path: Path
+) -> None:
+    join_sites(federation, 4)
+    entry = propose(federation, toml(tmp_path, extra=SECURE), NOW)
+    proposal = msgspec.json.decode(entry.signed, type=Signed).proposal
+    swapped = Roster.of([Peer(name=f"site-{n}", key=f"{n + 9:064x}") for n in range(4)])
+    with closing(sqlite3.connect(federation.state_file)) as db:
+        db.execute("UPDATE rosters SET roster = ?", (msgspec.json.encode(swapped).decode(),))
+        db.commit()
+    with pytest.raises(ConfigError, match="is not the one that operator signed"):
+        proposing.roster_of(federation, entry.run, proposal)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
