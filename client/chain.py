@@ -11,6 +11,9 @@ How events are chained: protocols/chain.py.
     adopted   the owner accepts a restored ledger
 
 A reserve without a settle is a round that was cut off: its update may have left, so it counts.
+Of noise that the members of a secure sum make together (protocols/secagg/noise.py) a reserve says
+`skellam`, and what is protected is a record, or the site as one client with all its records: these
+two are two columns of one book, and make two ε. Events without the field are Gaussian, as ever.
 Names of fields and kinds are never taken away, nor is their meaning changed; a reader refuses
 what it does not know.
 """
@@ -22,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from anabranch.protocols.chain import (
     GENESIS,
@@ -33,10 +37,13 @@ from anabranch.protocols.chain import (
     Neighbouring,
     require_link,
 )
-from anabranch.protocols.spend import Spend
+from anabranch.protocols.spend import Skellam, Spend, Unit
 from anabranch.protocols.tables import Count, Fraction, Positive
 from anabranch.storage import chain
 from anabranch.storage.chain import Adopted, Settle, spend_of
+
+SiteMechanism = Literal["poisson-subsampled-gaussian", "poisson-subsampled-skellam"]
+SiteNeighbouring = Literal["add-or-remove-one-record", "zero-out-one-client"]
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +68,16 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mechanism: Mechanism = "poisson-subsampled-gaussian"
     neighbouring: Neighbouring = "add-or-remove-one-record"
 
+    @property
+    def skellam(self) -> msgspec.UnsetType:
+        """Return that the noise is Gaussian."""
+        return msgspec.UNSET
+
+    @property
+    def unit(self) -> Unit:
+        """Return that records are protected."""
+        return "record"
+
 
 class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A set of rows; its fingerprint is the SHA-256 over their sorted keyed digests."""
@@ -80,8 +97,40 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sample_rate: Fraction
     steps: Count
     time: str
-    mechanism: Mechanism = "poisson-subsampled-gaussian"
-    neighbouring: Neighbouring = "add-or-remove-one-record"
+    mechanism: SiteMechanism = "poisson-subsampled-gaussian"
+    neighbouring: SiteNeighbouring = "add-or-remove-one-record"
+    skellam: Skellam | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        """Refuse a mechanism that is said twice, differently."""
+        if (self.mechanism == "poisson-subsampled-skellam") != isinstance(self.skellam, Skellam):
+            raise ValueError(f"{self.mechanism}: skellam belongs to Skellam noise, and only there")
+        if self.unit == "client" and self.sample_rate != 1:
+            raise ValueError(f"a client's round has sample_rate 1, got {self.sample_rate}")
+
+    @classmethod
+    def of(cls, spend: Spend, *, data: str, run: str, round: int, time: str) -> Reserve:
+        """Return the event of a round that is about to spend this."""
+        noised = spend.skellam is not None
+        return cls(
+            data=data,
+            run=run,
+            round=round,
+            noise_multiplier=spend.noise_multiplier,
+            sample_rate=spend.sample_rate,
+            steps=spend.steps,
+            time=time,
+            mechanism="poisson-subsampled-skellam" if noised else "poisson-subsampled-gaussian",
+            neighbouring=(
+                "zero-out-one-client" if spend.unit == "client" else "add-or-remove-one-record"
+            ),
+            skellam=UNSET if spend.skellam is None else spend.skellam,
+        )
+
+    @property
+    def unit(self) -> Unit:
+        """Return what the noise protects."""
+        return "client" if self.neighbouring == "zero-out-one-client" else "record"
 
 
 Body = Opened | Imported | DataSet | Reserve | Settle | Adopted
@@ -117,17 +166,23 @@ class State(chain.State[Opened, Reserve]):
         """Return whether a ledger that came this far has had witnesses."""
         return bool(self.sets)
 
-    def spends(self, data: Iterable[str] | None = None, run: str | None = None) -> list[Spend]:
+    def spends(
+        self,
+        data: Iterable[str] | None = None,
+        run: str | None = None,
+        unit: Unit = "record",
+    ) -> list[Spend]:
         """Return all that was spent, oldest first; on some data sets, or in one run, if given.
 
-        Imported spends are on every data set.
+        Imported spends are on every data set. Those of the other unit are never among them.
         """
         wanted = None if data is None else frozenset(data)
         events: list[Imported | Reserve] = [*self.imported, *self.reserved.values()]
         return [
             spend_of(event)
             for event in events
-            if (run is None or event.run == run)
+            if event.unit == unit
+            and (run is None or event.run == run)
             and (wanted is None or isinstance(event, Imported) or event.data in wanted)
         ]
 

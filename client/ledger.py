@@ -30,6 +30,7 @@ from anabranch.client.ledger_file import SITE, add_set, key_of, members_in
 from anabranch.client.membership import fingerprint_of, groups, largest, members_of
 from anabranch.client.privacy import Spend, epsilon_of, require_budget
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.spend import Unit
 from anabranch.storage.book import Book, now
 from anabranch.storage.chain import Settle, spend_of
 from anabranch.storage.ledger import ChainedLedger
@@ -79,14 +80,8 @@ class Ledger(ChainedLedger[State]):
             raise PrivacyError("0 records: nothing can be trained on privately")
         with self.writing() as book:
             members = members_of(rows, key_of(book))
-            event = Reserve(
-                data=fingerprint_of(members),
-                run=run,
-                round=round_number,
-                noise_multiplier=spend.noise_multiplier,
-                sample_rate=spend.sample_rate,
-                steps=spend.steps,
-                time=now(),
+            event = Reserve.of(
+                spend, data=fingerprint_of(members), run=run, round=round_number, time=now()
             )
             held = None if again is None else _held(book.state, event, again)
             before = book.state if held is None else _without(book.state, held)
@@ -102,7 +97,8 @@ class Ledger(ChainedLedger[State]):
     ) -> tuple[str, float] | None:
         """Settle an entry, unless that was done; return the hash of its settle, and ε at `delta`.
 
-        ε is the largest that a row of the entry's data set has spent in all runs. For whoever
+        ε is the largest that a row of the entry's data set has spent in all runs; of a client's
+        round, what the site as a client has. For whoever
         alone holds the entry's one update, and may have been cut off before: nobody else may ask.
         None, with nothing written, if the ledger has no such entry of this run, round and spend.
         """
@@ -114,28 +110,31 @@ class Ledger(ChainedLedger[State]):
                 head = book.add(Settle(reserve=entry, time=now())).hash
             else:
                 head = _settled_by(book, entry)
-            found = _by_rows(book, book.state, members_in(book)[body.data])
+            found = _by_rows(book, book.state, members_in(book)[body.data], spend.unit)
             return head, max((epsilon_of(spends, delta) for spends in found), default=0.0)
 
-    def spent(self, rows: Sequence[bytes], delta: float) -> float:
-        """Return the largest ε at `delta` that one of these rows has spent in all runs."""
+    def spent(self, rows: Sequence[bytes], delta: float, unit: Unit = "record") -> float:
+        """Return the largest ε at `delta` that one of these rows has spent in all runs.
+
+        Of the unit "client": that the site has spent as a client, whatever its rows.
+        """
         with self.reading() as book:
             if book is None:
                 return 0.0
-            found = _by_rows(book, book.state, members_of(rows, key_of(book)))
+            found = _by_rows(book, book.state, members_of(rows, key_of(book)), unit)
             return max((epsilon_of(spends, delta) for spends in found), default=0.0)
 
-    def history(self, run: str | None = None) -> list[Spend]:
+    def history(self, run: str | None = None, unit: Unit = "record") -> list[Spend]:
         """Return what was spent on any row, oldest first; of one run, if `run` is given."""
         with self.reading() as book:
-            return [] if book is None else book.state.spends(run=run)
+            return [] if book is None else book.state.spends(run=run, unit=unit)
 
-    def epsilon(self, delta: float) -> float:
+    def epsilon(self, delta: float, unit: Unit = "record") -> float:
         """Return ε at `delta` of all events composed, as if every row had been in each of them.
 
         No row has spent more.
         """
-        return epsilon_of(self.history(), delta)
+        return epsilon_of(self.history(unit=unit), delta)
 
     def events(self) -> list[Event]:
         """Return the chain, oldest event first; [] if nothing was ever reserved."""
@@ -183,8 +182,12 @@ def _settled_by(book: Book[State], entry: int) -> str:
     return next(h for h, body in bodies if isinstance(body, Settle) and body.reserve == entry)
 
 
-def _by_rows(book: Book[State], state: State, members: bytes) -> list[list[Spend]]:
+def _by_rows(
+    book: Book[State], state: State, members: bytes, unit: Unit = "record"
+) -> list[list[Spend]]:
     """Return what the rows have spent: one list for each group that can have spent most."""
+    if unit == "client":
+        return [state.spends(unit=unit)]
     found = groups(members, members_in(book))
     return [state.spends(data=group) for group in largest(found)]
 
@@ -195,10 +198,10 @@ def _require(
     """Raise PrivacyError if `planned` on these rows would exceed the limit."""
     match limit.over:
         case "run":
-            spent = [state.spends(run=run)]
+            spent = [state.spends(run=run, unit=planned.unit)]
         case "site":
-            spent = [state.spends()]
+            spent = [state.spends(unit=planned.unit)]
         case "row":
-            spent = _by_rows(book, state, members)
+            spent = _by_rows(book, state, members, planned.unit)
     for one in spent:
         require_budget(one, planned, epsilon=limit.epsilon, delta=limit.delta, budget=limit.name)

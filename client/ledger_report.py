@@ -7,7 +7,7 @@ hash, or the key of the hashes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from anabranch.protocols.errors import ConfigError, DataError, PrivacyError
 from anabranch.storage.chain import spend_of
 from anabranch.storage.files import write_atomic
 
+CLIENT_DELTA = 1e-5  # that ε of the site as a client is told at
+
 
 @dataclass(frozen=True, kw_only=True)
 class SetReport:
@@ -34,7 +36,7 @@ class SetReport:
     data: str  # fingerprint
     rows: int
     runs: tuple[str, ...]
-    rounds: int  # reserved, settled or not
+    rounds: int  # reserved, settled or not; those that protected the client are not among them
     open: int  # reserved and not settled: cut off, or in training now
     first: str  # time of the first round; "" without any
     last: str
@@ -42,6 +44,19 @@ class SetReport:
     epsilon: float
     left: float | None  # of the budget; None: site.toml has none
     rounds_left: int | None  # such as the last one, within the budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientReport:
+    """What the site has spent as one client with all its records: a row per round it took part."""
+
+    runs: tuple[str, ...]
+    rounds: int
+    open: int
+    first: str
+    last: str
+    delta: float
+    epsilon: float  # of all those rounds; says nothing about single records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +74,7 @@ class LedgerReport:
     delta: float  # of `everything`
     everything: float  # ε of all events composed: no row has spent more
     records: tuple[int, int] | None  # rows of the present file: (known, new); None: not readable
+    client: ClientReport | None = None  # None: it never protected a whole client
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for --json; an ε beyond what is computed is null."""
@@ -88,17 +104,39 @@ def report(folder: Path) -> LedgerReport:
         delta=delta,
         everything=epsilon_of(state.spends(), delta),
         records=_present(folder / file.data, ledger, members, columns_never(folder)),
+        client=_client(state),
+    )
+
+
+def _client(state: State) -> ClientReport | None:
+    rounds = {i: event for i, event in state.reserved.items() if event.unit == "client"}
+    if not rounds:
+        return None
+    events = list(rounds.values())
+    return ClientReport(
+        runs=tuple(dict.fromkeys(event.run for event in events)),
+        rounds=len(rounds),
+        open=len(state.open & rounds.keys()),
+        first=events[0].time,
+        last=events[-1].time,
+        delta=CLIENT_DELTA,
+        epsilon=epsilon_of(state.spends(unit="client"), CLIENT_DELTA),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was checked: the chain and the rows by their hashes, the witnesses, and ε twice."""
+    """What was checked: the chain and the rows by their hashes, the witnesses, and ε twice.
+
+    Skellam noise is composed by its Rényi divergences alone: where it is among the events of a
+    data set, the two accountants compare the others, and `renyi` has the bound of all.
+    """
 
     events: int
     head: str
     witnesses: tuple[str, ...]  # files that agree
     epsilons: dict[str, Compared]  # by fingerprint
+    renyi: dict[str, tuple[float, float]] = field(default_factory=dict)  # -> (ε, δ); or "client"
 
     @property
     def ok(self) -> bool:
@@ -116,6 +154,10 @@ class Verified:
                 data: {"delta": c.delta, "prv": c.prv, "pld": c.pld, "agree": c.agree}
                 for data, c in self.epsilons.items()
             },
+            "renyi": {
+                data: {"epsilon": epsilon if math.isfinite(epsilon) else None, "delta": delta}
+                for data, (epsilon, delta) in self.renyi.items()
+            },
         }
 
 
@@ -130,16 +172,24 @@ def verify(folder: Path) -> Verified:
     ledger = ledger_of(folder, file)
     state, members = _state(ledger), ledger.members()
     found: dict[str, Compared] = {}
+    renyi: dict[str, tuple[float, float]] = {}
     for data, event in state.sets.items():
         delta = _delta(file.budget, event.rows)
         spends = _dearest(data, state, members, delta)
-        if math.isfinite(epsilon_of(spends, delta)):
-            found[data] = compare(spends, delta)
+        epsilon = epsilon_of(spends, delta)
+        gaussian = [spend for spend in spends if spend.skellam is None]
+        if len(gaussian) < len(spends):
+            renyi[data] = epsilon, delta
+        if math.isfinite(epsilon_of(gaussian, delta)):
+            found[data] = compare(gaussian, delta)
+    if (client := _client(state)) is not None:
+        renyi["client"] = client.epsilon, client.delta
     return Verified(
         events=state.count,
         head=state.head,
         witnesses=tuple(str(path) for path in ledger.witness_files(state)),
         epsilons=found,
+        renyi=renyi,
     )
 
 
@@ -186,7 +236,11 @@ def _state(ledger: Ledger) -> State:
 
 
 def _set(data: str, state: State, members: dict[str, bytes], budget: Budget | None) -> SetReport:
-    rounds = {i: event for i, event in state.reserved.items() if event.data == data}
+    rounds = {
+        i: event
+        for i, event in state.reserved.items()
+        if event.data == data and event.unit == "record"
+    }
     delta = _delta(budget, state.sets[data].rows)
     spends = _dearest(data, state, members, delta)
     epsilon = epsilon_of(spends, delta)

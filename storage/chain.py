@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from anabranch.protocols.chain import Link, Witness, following
-from anabranch.protocols.spend import Spend
+from anabranch.protocols.spend import Skellam, Spend, Unit
 from anabranch.protocols.tables import Count
 
 Kinds = Mapping[str, type[msgspec.Struct]]
@@ -62,6 +62,14 @@ class Spending(Protocol):
     def steps(self) -> int:
         """Return the number of steps."""
 
+    @property
+    def skellam(self) -> Skellam | msgspec.UnsetType:
+        """Return what decides Skellam noise beside σ; UNSET: the noise is Gaussian."""
+
+    @property
+    def unit(self) -> Unit:
+        """Return what the noise protects."""
+
 
 First = TypeVar("First", bound=Beginning, covariant=True)
 Reserved = TypeVar("Reserved", bound=Spending, covariant=True)
@@ -103,6 +111,8 @@ def spend_of(event: Spending) -> Spend:
         noise_multiplier=event.noise_multiplier,
         sample_rate=event.sample_rate,
         steps=event.steps,
+        skellam=event.skellam if isinstance(event.skellam, Skellam) else None,
+        unit=event.unit,
     )
 
 

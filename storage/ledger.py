@@ -202,5 +202,6 @@ class ChainedLedger(Generic[S]):
             ) from error
 
 
-def _values(spend: Spend) -> tuple[float, float, int]:
-    return spend.noise_multiplier, spend.sample_rate, spend.steps
+def _values(spend: Spend) -> tuple[object, ...]:
+    plain = (spend.noise_multiplier, spend.sample_rate, spend.steps)
+    return plain if spend.skellam is None else (*plain, spend.skellam, spend.unit)
