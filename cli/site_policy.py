@@ -25,10 +25,12 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 class Verbs(TyperGroup):
     """`policy` alone is `policy show`."""
 
+    usual = "show"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the verb in that is left out."""
         if not args or (args[0].startswith("-") and args[0] != "--help"):
-            args = ["show", *args]
+            args = [self.usual, *args]
         return super().parse_args(ctx, args)
 
 
@@ -61,13 +63,14 @@ def show(
 def list_runs(folder: SiteFolder = SITE, as_json: Json = False) -> int:
     """List the runs that were proposed to this site, the oldest first."""
     from anabranch.client.policy.approvals import Approvals
-    from anabranch.client.policy.review import entry_values
+    from anabranch.client.policy.review import entry_values, roster_values
 
     _require_site(folder)
     entries = list(Approvals(folder).entries().values())
     rows = [(e.digest[:12], e.state, e.proposal.run[:40], e.proposal.author, e.by) for e in entries]
     text = table(("proposal", "state", "run", "author", "by"), rows) if rows else "none yet"
-    emit({"runs": [entry_values(entry) for entry in entries]}, text, as_json=as_json)
+    values = [entry_values(entry) | {"roster": roster_values(folder, entry)} for entry in entries]
+    emit({"runs": values}, text, as_json=as_json)
     return 0
 
 
@@ -81,7 +84,8 @@ def approve(
         typer.confirm("Approve this run?", abort=True, err=True)
     by = getpass.getuser()
     record = _logging(folder, "run-approved", by)
-    _done(approvals.approve(entry.digest, by=by, now=time.time(), record=record), as_json=as_json)
+    after = approvals.approve(entry.digest, by=by, now=time.time(), record=record)
+    _done(folder, after, as_json=as_json)
     return 0
 
 
@@ -100,7 +104,7 @@ def reject(
     by = getpass.getuser()
     record = _logging(folder, "run-rejected", by, reason=reason[:200])
     after = approvals.reject(entry.digest, by=by, now=time.time(), reason=reason, record=record)
-    _done(after, as_json=as_json)
+    _done(folder, after, as_json=as_json)
     return 0
 
 
@@ -137,30 +141,30 @@ def _require_site(folder: Path) -> None:
 def _known(folder: Path, digest: str, *, as_json: bool) -> tuple[Approvals, Entry]:
     """Return the entry, shown to whoever is about to answer."""
     from anabranch.client.policy.approvals import Approvals
-    from anabranch.client.policy.review import entry_text, used
+    from anabranch.client.policy.review import entry_text, roster_text, used
 
     _require_site(folder)
     approvals = Approvals(folder)
     entry = approvals.find(digest)
     if not as_json:
         typer.echo(f"{entry_text(entry)}\n{'used':<11} {used(folder, entry.proposal.run)}")
+        if shown := roster_text(folder, entry):
+            typer.echo(shown)
     return approvals, entry
 
 
-def _done(entry: Entry, *, as_json: bool) -> None:
-    from anabranch.client.policy.review import entry_values
+def _done(folder: Path, entry: Entry, *, as_json: bool) -> None:
+    from anabranch.client.policy.review import entry_values, roster_values
 
-    emit(entry_values(entry), f"{entry.digest[:12]} is {entry.state}", as_json=as_json)
+    values = entry_values(entry) | {"roster": roster_values(folder, entry)}
+    emit(values, f"{entry.digest[:12]} is {entry.state}", as_json=as_json)
 
 
 def _logging(folder: Path, kind: str, by: str, **more: object) -> Callable[[Entry], object]:
     """Return what writes an answer to the site's audit log."""
-    from anabranch.client.agent.identity import Identity
-    from anabranch.storage.audit_log import AuditLog
+    from anabranch.client.policy.peers import audit_log
 
-    identity = Identity(folder)
-    who = f"site {identity.name} of {identity.federation}"
-    log = AuditLog(folder / "audit.jsonl", folder / "audit.key", who)
+    log = audit_log(folder)
     return lambda entry: log.append(
         kind,
         proposal=entry.digest,

@@ -6,11 +6,14 @@
     approved   a person                                      rejected (withdrawn)
     rejected   a person                                      nothing: propose a new run
 
+A run with [secure_aggregation] is approved with its roster: it comes before the question, is kept
+if it is the one that the author signed, and nothing is approved without it.
+
 Entries are keyed by the digest of the proposal. "by rule" is a note for the owner: what counts is
-the rule itself, asked anew for every message. Whoever can propose cannot fill the disk: at most
-PENDING wait, at most PENDING are let in by rules, and a configuration has at most MAX_CONFIG
-bytes. The file is replaced as a whole under a lock; one that is damaged, or that others may
-write, refuses every run.
+the rule itself, asked anew for every message. Whoever can propose cannot fill disk or file: at most
+PENDING wait, in at most MAX_WAITING bytes, at most PENDING are let in by rules, and a configuration
+has at most MAX_CONFIG bytes. The file is replaced as a whole under a lock; one that is damaged, or
+that others may write, refuses every run.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ import msgspec
 
 from anabranch.client.policy.policy_file import PRIVATE, read_private
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import ConfigError, PolicyError
+from anabranch.protocols.errors import ConfigError, MalformedMessage, PolicyError
 from anabranch.protocols.identity.proposal import Hex, Proposal
+from anabranch.protocols.secagg.terms import Roster
 from anabranch.storage.files import locked, write_atomic
 
 FILE = "approvals.json"
 MAX_BYTES = 16 << 20  # of the file: thousands of runs
 PENDING = 100  # entries that wait for the owner
+MAX_ROSTER = 1 << 18  # bytes of a roster: some 2000 sites
+MAX_WAITING = 4 << 20  # bytes of all entries that wait: their rosters may be long
 MAX_CONFIG = 8192  # bytes of a run's configuration that is put before the owner
 SHORTEST = 8  # digits that name an entry
 
@@ -50,6 +56,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     decided: float | None = None
     by: str = ""  # the person's name on this machine, or the rule's
     reason: str = ""
+    roster: Roster | None = None  # that of the proposal, once it has come
 
     @property
     def digest(self) -> str:
@@ -82,7 +89,7 @@ class Approvals:
             return {}
         try:
             found = msgspec.json.decode(read_private(self.path, MAX_BYTES), type=tuple[Entry, ...])
-        except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, ConfigError, MalformedMessage) as error:
             raise PolicyError(
                 f"{FILE}: {error}; until it is mended, or removed and every run approved anew, "
                 "nothing is allowed"
@@ -105,12 +112,21 @@ class Approvals:
         return found[0]
 
     def note(
-        self, proposal: Proposal, key: str, config: RunConfig, now: float, rule: str = ""
+        self,
+        proposal: Proposal,
+        key: str,
+        config: RunConfig,
+        now: float,
+        rule: str = "",
+        roster: Roster | None = None,
     ) -> bool:
         """Write down a proposal that is not known yet, for the owner; return whether it was new.
 
-        `rule`: the name of the rule that allows it. Raises PolicyError if too many wait already.
+        `rule`: the name of the rule that allows it. `roster`: among whom it sums, for the owner.
+        Raises PolicyError for a roster that is not the proposal's, and if too many wait already.
         """
+        if roster is not None:
+            _require_shown(proposal, roster)
         if (size := len(msgspec.json.encode(config))) > MAX_CONFIG:
             raise PolicyError(
                 f"the configuration has {size} bytes, and at most {MAX_CONFIG} can be put before "
@@ -118,6 +134,10 @@ class Approvals:
             )
         with self._changing() as entries:
             before = entries.get(proposal.digest)
+            if before is not None and before.roster is None and roster is not None:
+                before = msgspec.structs.replace(before, roster=roster)
+                entries[proposal.digest] = before
+                _require_room(entries)
             state: State = "by rule" if rule else "pending"
             if before is not None and before.state in ("approved", "rejected", state):
                 return False
@@ -130,13 +150,21 @@ class Approvals:
                     "some of them with `anabranch site policy approve` or `reject`"
                 )
             entries[proposal.digest] = Entry(
-                proposal=proposal, key=key, config=config, state=state, first_seen=now, by=rule
+                proposal=proposal,
+                key=key,
+                config=config,
+                state=state,
+                first_seen=now,
+                by=rule,
+                roster=roster if before is None else before.roster,
             )
+            _require_room(entries)
         return before is None
 
     def approve(self, digest: str, *, by: str, now: float, record: Record = ignore) -> Entry:
-        """Approve a known proposal. Raises PolicyError if it is not known, or was rejected.
+        """Approve a known proposal.
 
+        Raises PolicyError if it is not known, was rejected, or its roster has not come yet.
         `record` is given the entry as it was, before the answer counts: if it raises, none does.
         """
         return self._decide(digest, "approved", record, by=by, now=now)
@@ -159,9 +187,15 @@ class Approvals:
                     f"{digest[:12]}: rejected by {before.by}, and a rejection is final; the author "
                     "can propose it again as a new run"
                 )
+            if state == "approved" and before.proposal.roster is not None and before.roster is None:
+                raise PolicyError(
+                    f"{digest[:12]}: among whom it sums is not known here yet: its roster comes "
+                    "with the next question of the run. Look again in a minute"
+                )
             record(before)
+            roster = before.roster if state == "approved" else None  # of nobody's use any more
             entries[digest] = msgspec.structs.replace(
-                before, state=state, by=by, decided=now, reason=reason[:200]
+                before, state=state, by=by, decided=now, reason=reason[:200], roster=roster
             )
             return entries[digest]
 
@@ -180,3 +214,27 @@ class Approvals:
                         "anew: every run is then to be approved again"
                     )
                 write_atomic(self.path, data, PRIVATE)
+
+
+def _require_room(entries: Entries) -> None:
+    """Raise PolicyError if what waits for the owner would fill the file."""
+    waiting = [entry for entry in entries.values() if entry.state == "pending"]
+    if len(msgspec.json.encode(waiting)) > MAX_WAITING:
+        raise PolicyError(
+            f"what waits for the owner of this site would be more than {MAX_WAITING} bytes: it has "
+            "to answer some of it with `anabranch site policy approve` or `reject`"
+        )
+
+
+def _require_shown(proposal: Proposal, roster: Roster) -> None:
+    """Raise PolicyError for a roster that is not what was signed, or that nobody could read."""
+    if roster.digest != proposal.roster:
+        raise PolicyError(
+            f"the roster that came ({roster.digest[:12]}) is not the one that {proposal.author} "
+            f"signed ({(proposal.roster or 'none')[:12]})"
+        )
+    if len(msgspec.json.encode(roster)) > MAX_ROSTER:
+        raise PolicyError(
+            f"the roster has {len(roster.peers)} sites, and at most {MAX_ROSTER} bytes of one can "
+            "be put before the owner of this site"
+        )

@@ -3,6 +3,7 @@
     describe    admit: may this run ask at all?     sizes: only of a run that was just admitted
     train       decided on, counted as begun, trained under the limits, counted, sent
     evaluate    decided on, counted, evaluated under the limits, counted, sent
+    secure      decided on, with the roster of an invitation; answered, counted, sent
 
 Policy, approvals and usage are read from the site's folder for every message: what the owner
 changes counts for the next one. While a site works it calls `watch` at every step, which ends
@@ -18,19 +19,18 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-from anabranch.client.agent.identity import Identity
-from anabranch.client.data.records import Records, fingerprint
-from anabranch.client.flower import SiteLike
+from anabranch.client.data.records import fingerprint
+from anabranch.client.flower import NO_LIMITS, SiteLike, SummingSite, peer_key_of
 from anabranch.client.policy.approvals import Approvals
-from anabranch.client.policy.code import code_digest, version
+from anabranch.client.policy.here import Here
+from anabranch.client.policy.here import here_of as here_of
 from anabranch.client.policy.journal import Audit, Journal, digest_of, privacy_of
+from anabranch.client.policy.peers import limits_for, require_roster
 from anabranch.client.policy.policy_file import Policy, policy_digest, read_policy
 from anabranch.client.policy.resources import MIB, hold_to_cores, resident_bytes
 from anabranch.client.policy.rules import (
     Asked,
-    Here,
     NotAllowed,
     decide,
     over_bytes,
@@ -38,33 +38,22 @@ from anabranch.client.policy.rules import (
     seconds_left,
 )
 from anabranch.client.policy.usage import Usage, UsageBook, Used
+from anabranch.client.policy.watched import Watch as Watch
+from anabranch.client.policy.watched import Watched, WithRecords, both, bytes_of
 from anabranch.client.question import key_of
+from anabranch.protocols import messages
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import PolicyError
+from anabranch.protocols.errors import PolicyError, ProtocolError
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
+from anabranch.protocols.secagg.member import Answer, Limits
+from anabranch.protocols.secagg.messages import Invite, Request
+from anabranch.protocols.secagg.terms import Roster
 
 CHECKPOINT_S = 5.0  # between two writings of the seconds used, while a site works
 
 log = logging.getLogger(__name__)
-
-Watch = Callable[[str, int, int], None]  # (activity, step, of so many steps)
-
-
-@runtime_checkable
-class Watched(Protocol):
-    """A site that calls `watch` at every step of its work."""
-
-    watch: Watch | None
-
-
-@runtime_checkable
-class WithRecords(Protocol):
-    """A site that has read its records."""
-
-    def records(self, config: RunConfig) -> tuple[Records, Records]:
-        """Return (training, held-out) records."""
 
 
 @dataclass(eq=False)
@@ -93,6 +82,7 @@ class GuardedSite:
     here: Here | None = None  # None: as the folder's identity/ says
     stopwatch: Callable[[], float] = time.monotonic  # seconds
     memory: Callable[[], int] = resident_bytes
+    _roster: Roster | None = field(default=None, init=False)  # shown, for the next question
     _admitted: str = field(default="", init=False)  # configuration whose records may be counted
     _work: Work | None = field(default=None, init=False)
     _known: tuple[object, str] = field(default=(None, ""), init=False)  # records, fingerprint
@@ -102,7 +92,7 @@ class GuardedSite:
         self.journal = Journal(self.site.name, self.audit, self.clock)
         self._here = here_of(self.folder) if self.here is None else self.here
         if isinstance(self.site, Watched):
-            self.site.watch = _both(self.site.watch, self.watch)
+            self.site.watch = both(self.site.watch, self.watch)
 
     @property
     def name(self) -> str:
@@ -114,11 +104,22 @@ class GuardedSite:
         """Return the highest LoRA rank the site trains; None: any."""
         return self.site.max_rank
 
+    def peer_key(self, run: str, config: RunConfig) -> str | None:
+        """Return the site's public key in secure sums; None: it takes part in none."""
+        return peer_key_of(self.site, run, config)
+
+    def show_roster(self, roster: Roster) -> None:
+        """Keep a roster for the owner, who is asked to approve the run that comes with it."""
+        self._roster = roster
+
     def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
         """Raise NotAllowed unless this run may ask."""
         self._admitted = ""
+        roster, self._roster = self._roster, None
         with self._refusals(run, signed):
-            self._decide(run, config, signed)
+            self._decide(run, config, signed, roster=roster)
+            if roster is not None:  # before a round is trained that could not be summed
+                require_roster(self.folder, signed, roster, audit=self.audit, clock=self.clock)
         self.site.admit(run, config, signed)
         self._admitted = config.digest()
 
@@ -130,7 +131,8 @@ class GuardedSite:
 
     def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
         """Return what the site learned, if and as far as its owner allows the round."""
-        with self._working(assignment, adapter, trains=True) as work:
+        question, down = key_of(assignment, adapter), bytes_of(adapter)
+        with self._working(assignment, question=question, down=down) as work:
             config, data = assignment.config, self._data(assignment.config)
             report, frame = self.site.train(assignment, adapter)
             refusal = over_bytes(work.policy, work.usage, work.number, down=0, up=len(frame))
@@ -143,7 +145,7 @@ class GuardedSite:
                 proposal=digest_of(assignment.signed),
                 round=assignment.round,
                 data=data,
-                examples=report.num_examples,
+                examples=self._examples(config, report),
                 privacy=privacy_of(config),
                 epsilon=report.epsilon,
                 delta=report.delta,
@@ -153,8 +155,48 @@ class GuardedSite:
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Return metrics on held-out records, if the owner allows it."""
-        with self._working(assignment, adapter, trains=False):
+        with self._working(assignment, down=bytes_of(adapter)):
             return self.site.evaluate(assignment, adapter)
+
+    def secure(
+        self, assignment: Assignment, request: Request, limits: Limits = NO_LIMITS
+    ) -> Answer:
+        """Answer one stage of a secure sum, above the floors of the owner's policy.
+
+        `limits` are those of whoever asks; the owner's count where they ask for more.
+        """
+        with self._working(assignment, down=len(messages.encode(request))) as work:
+            if not isinstance(self.site, SummingSite):
+                raise ProtocolError(f"{self.name} takes part in no secure sums")
+            if isinstance(request, Invite):
+                require_roster(
+                    self.folder,
+                    assignment.signed,
+                    request.roster,
+                    audit=self.audit,
+                    clock=self.clock,
+                )
+            own = limits_for(work.policy)
+            floors = Limits(
+                minimum=max(own.minimum, limits.minimum),
+                threshold=max(own.threshold, limits.threshold),
+                colluding=max(own.colluding, limits.colluding),
+            )
+            answer = self.site.secure(assignment, request, floors)
+            up = len(answer.data) + len(messages.encode(answer.reply))
+            refusal = over_bytes(work.policy, work.usage, work.number, down=0, up=up)
+            if refusal is not None:
+                raise refusal
+            self._count(work, Used(up=up))
+            if answer.data:
+                self.journal.write(
+                    "update-masked",
+                    run=assignment.run,
+                    proposal=digest_of(assignment.signed),
+                    round=assignment.round,
+                    up=up,
+                )
+            return answer
 
     def watch(self, activity: str, step: int, steps: int) -> None:
         """Raise NotAllowed if the message in work may not go on; called at every step of it."""
@@ -179,6 +221,7 @@ class GuardedSite:
         round: int = 0,
         question: str = "",
         down: int = 0,
+        roster: Roster | None = None,
     ) -> tuple[Policy, Usage]:
         """Return the policy, and what the run has used, if a message is allowed; or PolicyError."""
         policy, entries = read_policy(self.folder), self.approvals.entries()
@@ -199,7 +242,7 @@ class GuardedSite:
         refusal = decide(policy, asked)
         if refusal is not None:
             if refusal.code == "pending" and signed is not None:
-                self.approvals.note(signed.proposal, signed.key, config, asked.now)
+                self.approvals.note(signed.proposal, signed.key, config, asked.now, roster=roster)
             raise refusal
         assert signed is not None  # `decide` refuses what is unsigned
         if signed.proposal.digest in asked.usage.admitted:
@@ -229,11 +272,12 @@ class GuardedSite:
         return usage
 
     @contextmanager
-    def _working(self, assignment: Assignment, adapter: Adapter, *, trains: bool) -> Iterator[Work]:
-        """Decide on a message, and count what is done inside the block."""
+    def _working(self, assignment: Assignment, *, down: int, question: str = "") -> Iterator[Work]:
+        """Decide on a message, and count what is done inside the block.
+
+        `down` are its bytes; `question` is what it asks to be trained, if it does.
+        """
         run, number = assignment.run, assignment.round
-        down = sum(array.nbytes for array in adapter.arrays.values())
-        question = key_of(assignment, adapter) if trains else ""
         with self._refusals(run, assignment.signed):
             policy, usage = self._decide(
                 run,
@@ -247,7 +291,7 @@ class GuardedSite:
             hold_to_cores(policy.limits.cores)
             began = self.stopwatch()
             work = Work(policy, usage, number, began + seconds_left(policy, usage, number), began)
-            self._count(work, Used(questions=(question,) if trains else (), down=down))
+            self._count(work, Used(questions=(question,) if question else (), down=down))
             self._work = work
             try:
                 yield work
@@ -285,6 +329,12 @@ class GuardedSite:
                 "memory", f"the site holds {now // MIB} MiB of memory, and its policy allows {most}"
             )
 
+    def _examples(self, config: RunConfig, report: Trained) -> int:
+        """Return the records trained on, for the owner's own log: a secure round says none."""
+        if config.secure_aggregation is None:
+            return report.num_examples
+        return len(self.site.sizes(config)[0])
+
     def _data(self, config: RunConfig) -> str:
         """Return the fingerprint of the training records; "" of a site that has none to show."""
         if not isinstance(self.site, WithRecords):
@@ -293,25 +343,3 @@ class GuardedSite:
         if self._known[0] is not train:  # the same object: read once, hashed once
             self._known = (train, fingerprint(train))
         return self._known[1]
-
-
-def here_of(folder: Path) -> Here:
-    """Return what the joined site in `folder` knows of itself. Raises ConfigError if it is none."""
-    joined = Identity(folder).coordinator
-    return Here(
-        federation=joined.federation,
-        authority=joined.authority,
-        code=code_digest(),
-        version=version(),
-    )
-
-
-def _both(one: Watch | None, other: Watch) -> Watch:
-    if one is None:
-        return other
-
-    def watch(activity: str, step: int, steps: int) -> None:
-        one(activity, step, steps)
-        other(activity, step, steps)
-
-    return watch

@@ -64,6 +64,9 @@ class Cohort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     minimum: Count = 3
     secure_aggregation: Literal["required", "optional"] = "optional"
+    threshold: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.5  # share that must agree to open
+    colluding: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.0  # share it must hold against
+    new_peers: Literal["accept", "refuse"] = "accept"  # on the roster of a run that was approved
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -236,8 +239,11 @@ epsilon_max = 8.0  # of the whole run
 delta_max = 1e-5   # the run must state a delta
 
 [cohort]
-minimum = 3                      # the run's federation.quorum
-secure_aggregation = "optional"  # "required" refuses every run: there is none yet
+minimum = 3                      # secure_aggregation.minimum; without it, federation.quorum
+secure_aggregation = "optional"  # "required": the coordinator may see sums of updates alone
+threshold = 0.5                  # share of the sites of a sum that must agree before it is opened
+colluding = 0.0                  # share of them that may side with the coordinator, and it holds
+new_peers = "accept"             # sites that are new on an approved roster; "refuse": add them
 
 [hours]
 open = []     # none: at any time; or ["Mon-Fri 20:00-06:00", "Sat,Sun 00:00-24:00"]

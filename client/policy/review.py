@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from anabranch.client.policy.approvals import Approvals, Entry
+from anabranch.client.policy.config_rules import CONFIG_RULES
+from anabranch.client.policy.peers import Verdict, day, seen
 from anabranch.client.policy.policy_file import Policy, read_policy
-from anabranch.client.policy.rules import CONFIG_RULES
 from anabranch.client.policy.usage import UsageBook
 from anabranch.protocols.config import RunConfig
 
@@ -58,6 +59,39 @@ def entry_values(entry: Entry) -> dict[str, Any]:
     }
 
 
+def roster_values(folder: Path, entry: Entry) -> list[dict[str, Any]] | None:
+    """Return who is on an entry's roster, for --json; None: it has none, or it has not come."""
+    if entry.roster is None:
+        return None
+    return [
+        {
+            "name": one.name,
+            "key": one.key,
+            "fingerprint": one.fingerprint,
+            "verdict": one.verdict,
+            "since": None if one.pin is None else _when(one.pin.since),
+        }
+        for one in seen(folder, entry.roster)
+    ]
+
+
+def roster_text(folder: Path, entry: Entry) -> str:
+    """Return among whom a run sums, and what this site knows of each; "": it sums nothing."""
+    if entry.proposal.roster is None:
+        return ""
+    if entry.roster is None:
+        return "roster      NOT HERE YET: it comes with the next question of the run"
+    peers = seen(folder, entry.roster)
+    count = {word: sum(one.verdict == word for one in peers) for word in get_args(Verdict)}
+    said = ", ".join(f"{number} {word}" for word, number in count.items() if number)
+    width = max(len(one.name) for one in peers) if peers else 0
+    lines = [f"{'roster':<11} {len(peers)} sites: {said}"]
+    for one in peers:
+        since = f" since {day(one.pin.since)}" if one.verdict == "pinned" and one.pin else ""
+        lines.append(f"{'':<11} {one.name:<{width}}  {one.fingerprint}  {one.verdict}{since}")
+    return "\n".join(lines)
+
+
 def entry_text(entry: Entry) -> str:
     """Return what is approved: who asks for it, what of whom, and what it would cost."""
     proposal, config = entry.proposal, entry.config
@@ -75,6 +109,7 @@ def entry_text(entry: Entry) -> str:
         "rounds": f"{config.federation.rounds}, at least {config.federation.quorum} sites in each",
         "method": config.method,
         "privacy": _promise(config),
+        "sums": _sums(config),
     }
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
 
@@ -129,7 +164,7 @@ def _approval(policy: Policy, entries: Mapping[str, Entry], config: RunConfig) -
 def _kept(code: str, config: RunConfig) -> str:
     return {
         "privacy": _promise(config),
-        "cohort": f"at least {config.federation.quorum} sites in a round",
+        "cohort": f"at least {config.federation.quorum} sites in a round; {_sums(config)}",
         "columns": ", ".join(config.data.columns),
         "rounds": f"{config.federation.rounds} rounds",
     }[code]
@@ -143,7 +178,20 @@ def _promise(config: RunConfig) -> str:
         for unit, table in words.items()
         if table is not None
     ]
+    together = config.client_privacy is not None and config.secure_aggregation is not None
+    if together or (config.privacy is not None and config.privacy.noise == "distributed"):
+        said.append("the members of a sum make the noise together: it is not against all of them")
     return "; ".join(said) or "NONE: what the site sends can tell about single records"
+
+
+def _sums(config: RunConfig) -> str:
+    secure = config.secure_aggregation
+    if secure is None:
+        return "none: the coordinator sees what each site sends"
+    return (
+        f"of at least {secure.minimum} sites, opened if more than {secure.threshold:.0%} agree; "
+        "the coordinator sees no single update"
+    )
 
 
 def _when(time_s: float) -> str:

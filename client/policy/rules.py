@@ -3,7 +3,7 @@
 `decide` asks the rules in this order, and the first that refuses gives the reason:
 
     who      coordinator, author, run, code     is it one of those whom the owner knows?
-    what     privacy, cohort, columns, rounds   would the whole run keep the limits?
+    what     config_rules.py                    would the whole run keep the limits?
     owner    rejected, pending                  has a person, or a rule of theirs, approved it?
     used     minutes, bytes, hours              may it go on now?
 
@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from anabranch.client.policy.approvals import Entry
+from anabranch.client.policy.config_rules import CONFIG_RULES, ConfigCode
+from anabranch.client.policy.here import Here as Here
 from anabranch.client.policy.policy_file import Policy, Rule
 from anabranch.client.policy.usage import Usage
 from anabranch.protocols.config import RunConfig
@@ -26,8 +28,9 @@ from anabranch.protocols.errors import AnabranchError, PolicyError
 from anabranch.protocols.identity.proposal import Proposal, Signed, require_fits
 
 Code = Literal[
+    ConfigCode,
     "unsigned", "coordinator", "author", "run", "code",
-    "privacy", "cohort", "columns", "rounds",
+    "roster",
     "rejected", "pending",
     "minutes", "bytes", "hours",
     "memory", "policy",
@@ -41,16 +44,6 @@ class NotAllowed(PolicyError):
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code: Code = code
-
-
-@dataclass(frozen=True, kw_only=True)
-class Here:
-    """What the site knows of itself."""
-
-    federation: str  # that it has joined
-    authority: str  # fingerprint of the federation's authority
-    code: str  # digest of the software that is installed
-    version: str  # of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +61,6 @@ class Asked:
     question: str = ""  # if it does: what is asked, as client/question.py names it
     down: int = 0  # bytes that came with it
     entries: Mapping[str, Entry] = field(default_factory=dict)  # proposal digest -> answer
-
-
-ConfigRule = Callable[[Policy, RunConfig], str | None]
 
 
 def decide(policy: Policy, asked: Asked) -> NotAllowed | None:
@@ -144,79 +134,6 @@ _WHO: dict[Code, Callable[[Policy, Asked, Signed], str | None]] = {
 }
 
 
-# what: of the configuration alone, so that `site policy check` can ask them, too
-
-
-def _privacy(policy: Policy, config: RunConfig) -> str | None:
-    wanted = policy.privacy
-    if not wanted.required:
-        return None
-    tables = {"record": ["privacy"], "client": ["client_privacy"]}.get(
-        wanted.unit, ["privacy", "client_privacy"]
-    )
-    for name in tables:
-        table = config.privacy if name == "privacy" else config.client_privacy
-        if table is None:
-            return (
-                f"the run has no [{name}], and this site's policy asks for {name_of(name)} privacy"
-            )
-        if table.epsilon > wanted.epsilon_max:
-            return (
-                f"{name}.epsilon = {table.epsilon:g}, and this site's policy allows "
-                f"{wanted.epsilon_max:g}"
-            )
-        if table.delta is None:
-            return f"{name}.delta has to be stated: this site's policy allows {wanted.delta_max:g}"
-        if table.delta > wanted.delta_max:
-            return (
-                f"{name}.delta = {table.delta:g}, and this site's policy allows "
-                f"{wanted.delta_max:g}"
-            )
-    return None
-
-
-def _cohort(policy: Policy, config: RunConfig) -> str | None:
-    if policy.cohort.secure_aggregation == "required":
-        return (
-            "this site's policy asks for secure aggregation, which no run offers yet: the "
-            "coordinator sees every site's update"
-        )
-    size, what = config.federation.quorum, "federation.quorum"
-    if config.client_privacy is not None:  # its noise is made for a random cohort
-        population = config.client_privacy.population
-        size, what = config.federation.cohort or population, "the expected cohort"
-    if size < policy.cohort.minimum:
-        return f"{what} is {size}, and this site's policy asks for at least {policy.cohort.minimum}"
-    return None
-
-
-def _columns(policy: Policy, config: RunConfig) -> str | None:
-    never = [name for name in config.data.columns if name in policy.data.columns_never]
-    if never:
-        return f"the run reads the column {never[0]!r}, which this site's policy never gives"
-    return None
-
-
-def _rounds(policy: Policy, config: RunConfig) -> str | None:
-    rounds, most = config.federation.rounds, policy.limits.max_rounds
-    if rounds > most:
-        return f"the run has {rounds} rounds, and this site's policy allows {most}"
-    return None
-
-
-CONFIG_RULES: dict[Code, ConfigRule] = {
-    "privacy": _privacy,
-    "cohort": _cohort,
-    "columns": _columns,
-    "rounds": _rounds,
-}
-
-
-def name_of(table: str) -> str:
-    """Return the unit of privacy that a table of run.toml promises, in words."""
-    return {"privacy": "record-level", "client_privacy": "client-level"}[table]
-
-
 # owner
 
 
@@ -244,12 +161,21 @@ def rule_for(policy: Policy, asked: Asked, proposal: Proposal) -> Rule | None:
     return next((r for r in policy.approval.rules if _fits(r, asked, proposal)), None)
 
 
+_SUMS: tuple[Callable[[RunConfig], object], ...] = (
+    lambda config: config.secure_aggregation,
+    lambda config: None if config.privacy is None else config.privacy.noise,
+)
+
+
 def _fits(rule: Rule, asked: Asked, proposal: Proposal) -> bool:
     like, config = asked.entries.get(rule.like), asked.config
     if like is None or like.state != "approved":
         return False
-    if any(getattr(like.proposal, name) != getattr(proposal, name) for name in rule.same):
+    same = (*rule.same, "roster")  # whom a site is summed with is for a person to say
+    if any(getattr(like.proposal, name) != getattr(proposal, name) for name in same):
         return False
+    if any(table(like.config) != table(config) for table in _SUMS):
+        return False  # of how few, and by whom the noise is made: for a person, too
     if rule.max_rounds is not None and config.federation.rounds > rule.max_rounds:
         return False
     runs = {digest for digest, one in asked.entries.items() if one.by == rule.name and ruled(one)}

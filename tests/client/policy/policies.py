@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from anabranch.client.agent.identity import Coordinator
 from anabranch.client.policy.approvals import Entry, State
 from anabranch.client.policy.policy_file import FILE, Policy, default_policy, parse_policy
-from anabranch.client.policy.rules import Asked, Here
+from anabranch.client.policy.rules import Asked, Code, Here, decide
 from anabranch.client.policy.usage import Usage
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.identity.proposal import Proposal, Signed, contract_digest, sign
@@ -40,8 +41,8 @@ def private_config(**changes: Any) -> RunConfig:
     return msgspec.convert(tables, RunConfig)
 
 
-def proposal_of(config: RunConfig, **changes: str) -> Proposal:
-    values = {
+def proposal_of(config: RunConfig, **changes: str | None) -> Proposal:
+    values: dict[str, Any] = {
         "federation": "heart",
         "run": "run-1",
         "author": "anna",
@@ -54,7 +55,9 @@ def proposal_of(config: RunConfig, **changes: str) -> Proposal:
     return Proposal(**(values | changes))
 
 
-def signed_of(config: RunConfig, private: Ed25519PrivateKey = ANNA, **changes: str) -> Signed:
+def signed_of(
+    config: RunConfig, private: Ed25519PrivateKey = ANNA, **changes: str | None
+) -> Signed:
     return sign(proposal_of(config, **changes), private)
 
 
@@ -79,6 +82,23 @@ def without_none(value: Any) -> Any:
 def write_policy(folder: Path, policy: Policy) -> None:
     values = without_none(msgspec.to_builtins(policy))
     write_atomic(folder / FILE, msgspec.toml.encode(values), 0o600)
+
+
+def write_coordinator(folder: Path, site: str) -> None:
+    """Make the folder of a site that has joined the federation under this name."""
+    (folder / "identity").mkdir(mode=0o700, parents=True)
+    folder.chmod(0o700)
+    stored = Coordinator(
+        site=site,
+        federation="heart",
+        address="localhost:8443",
+        authority=AUTHORITY,
+        authors={"anna": key_of(ANNA)},
+        app="f" * 64,
+        version="0.1.0",
+        joined=NOW,
+    )
+    write_atomic(folder / "identity" / "coordinator.json", msgspec.json.encode(stored))
 
 
 def entry_of(
@@ -107,8 +127,19 @@ def asked_of(config: RunConfig | None = None, signed: Signed | None = None, **ab
     return Asked(**(values | about))
 
 
+def refusal(policy: Policy, asked: Asked) -> tuple[Code, str]:
+    """Return why a message is refused, and fail if it is not."""
+    found = decide(policy, asked)
+    assert found is not None
+    return found.code, str(found)
+
+
 def assignment_of(config: RunConfig, signed: Signed | None, number: int = 1) -> Assignment:
     return Assignment(run="run-1", round=number, config=config, signed=signed)
+
+
+EARLIER = private_config(seed=1)
+LIKE = signed_of(EARLIER, run="earlier").proposal  # what rules are like
 
 
 @dataclass

@@ -9,7 +9,6 @@ import msgspec
 import pytest
 
 from anabranch.cli.main import run
-from anabranch.client.agent.identity import Coordinator
 from anabranch.client.policy import policy_file
 from anabranch.client.policy.approvals import Approvals
 from anabranch.client.policy.guard import GuardedSite, here_of
@@ -26,6 +25,7 @@ from tests.client.policy.policies import (
     policy_of,
     private_config,
     signed_of,
+    write_coordinator,
     write_policy,
 )
 from tests.simulations.rig import ToySite
@@ -38,19 +38,7 @@ RUN = ROOT / "examples" / "first-run" / "run.toml"
 def site(tmp_path: Path) -> Path:
     """Return the folder of a joined site with the default policy and one run that waits."""
     folder = tmp_path / "site"
-    (folder / "identity").mkdir(mode=0o700, parents=True)
-    folder.chmod(0o700)
-    stored = Coordinator(
-        site="aarhus",
-        federation="heart",
-        address="localhost:8443",
-        authority=AUTHORITY,
-        authors={"anna": key_of(ANNA)},
-        app="f" * 64,
-        version="0.1.0",
-        joined=NOW,
-    )
-    write_atomic(folder / "identity" / "coordinator.json", msgspec.json.encode(stored))
+    write_coordinator(folder, "aarhus")
     text = default_policy({"heart": AUTHORITY}, {"anna": key_of(ANNA)})
     write_atomic(folder / FILE, text.encode(), 0o600)
     config = private_config()
@@ -80,7 +68,13 @@ def test_it_shows_every_value_and_how_many_wait(
 
     assert run(["site", "policy", *verb, "-f", str(site), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["policy"]["cohort"] == {"minimum": 3, "secure_aggregation": "optional"}
+    assert shown["policy"]["cohort"] == {
+        "minimum": 3,
+        "secure_aggregation": "optional",
+        "threshold": 0.5,
+        "colluding": 0.0,
+        "new_peers": "accept",
+    }
     assert shown["pending"] == 1
 
 
