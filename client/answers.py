@@ -73,7 +73,9 @@ from anabranch.storage.files import PARTIAL, locked, staged, sweep, sync_folder,
 MOST = 8  # answers, the newest
 MOST_BYTES = 256 << 20  # of their frames; the newest answer is kept whatever its size
 MOST_BEGUN = 4  # questions that were taken up and not answered
-OTHERS = ("feedback", "personal", "clipping", "runs")  # folders of the site with whole files
+OTHERS = (  # folders with whole files
+    "feedback", "personal", "clipping", "runs", "secure/given", "secure/masked", "secure/kept",
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,10 @@ class Lost(PrivacyError):
 
 
 class Answers:
-    """The answers of the site in `site`; every method but `pending` is for inside `alone`."""
+    """The answers of the site in `site`.
+
+    Every method but `pending`, and `held` of an answer that has been given, is for inside `alone`.
+    """
 
     def __init__(self, site: Path, *, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
         self._site = site

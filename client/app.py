@@ -1,8 +1,10 @@
 """The ClientApp of a deployed site: `clientapp = "anabranch.client.app:app"`.
 
 The SuperNode is started with `--node-config 'site="/path/to/the/site"'`; the folder is
-described in client/site.py. This is for a Flower deployment of one's own: there is no policy and
-no enrolment on this way (docs/joining.md is the other), and a site that has joined does not go it.
+described in client/site.py. It starts a process for each message: between two stages of a secure
+sum, what the site needs is in memory beside them (client/between.py). This is for a Flower
+deployment of one's own: there is no policy and no enrolment on this way (docs/joining.md is the
+other), and a site that has joined does not go it.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from anabranch.protocols.errors import ConfigError
 
 
 @cache  # a site keeps its model and its prefix activations between the messages of a process
-def open_site(folder: Path) -> SiteLike:
+def open_site(folder: Path, process_per_message: bool = False) -> SiteLike:
     """Return the site in `folder`; torch is imported here, when there is something to do."""
     from anabranch.client.site import Site
 
-    return Site(folder)
+    return Site(folder, process_per_message=process_per_message)
 
 
 def site_of(context: Context) -> SiteLike:
@@ -37,7 +39,7 @@ def site_of(context: Context) -> SiteLike:
             "this site has joined a federation, whose runs its policy decides on: take part with "
             "`anabranch site serve`, not with a SuperNode"
         )
-    return open_site(Path(folder))
+    return open_site(Path(folder), process_per_message=True)
 
 
 app = client_app(site_of)

@@ -13,8 +13,11 @@ from anabranch.client.data.contract import Violation, check, describe
 from anabranch.client.data.read import Table, read_table
 from anabranch.client.data.records import Records, fingerprint, split, to_records
 from anabranch.client.files import read_run
-from anabranch.client.privacy import DpPlan, plan_for
+from anabranch.client.privacy import DpPlan, plan_for, plan_together
 from anabranch.protocols.config import RunConfig
+from anabranch.protocols.secagg.agreed_noise import noise_of
+
+VALUES = 1_000_000  # of an adapter that is not looked at: they hardly change the noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +108,18 @@ def _kept(table: Table, config: RunConfig) -> Checked:
         explanation="",
         counts=_counts(records, config),
         fingerprint=fingerprint(train),
-        plan=None
-        if config.privacy is None
-        else plan_for(config.privacy, config.training, config.federation.rounds, len(train)),
+        plan=_plan(config, len(train)),
     )
+
+
+def _plan(config: RunConfig, records: int) -> DpPlan | None:
+    """Return what the run costs a record; with noise of a secure sum, for VALUES values."""
+    if config.privacy is None:
+        return None
+    noise = noise_of(config, VALUES) if config.privacy.noise == "distributed" else None
+    if noise is None:
+        return plan_for(config.privacy, config.training, config.federation.rounds, records)
+    return plan_together(noise, config.privacy, config.training.batch_size, records)
 
 
 def _counts(records: Records, config: RunConfig) -> dict[str, int]:

@@ -19,7 +19,7 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -63,7 +63,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import DecodeError
 
-from anabranch.client.flower import DESCRIBE
+from anabranch.client.flower import TYPES
 from anabranch.protocols.errors import ProtocolError, RunError
 
 # Of an array in one object: the door takes no more. (Flower reads its environment when it is
@@ -76,7 +76,6 @@ OVER = 2007  # Flower's code: the run is not running any more
 MAX_ANSWER = 16 << 20  # bytes of one answer; a piece of an array has 1 MiB
 MAX_OBJECTS = 4096  # of one message: 4 GiB in pieces
 HASH = re.compile(r"[0-9a-f]{64}")  # of a message, or of an app
-TYPES = frozenset({"train", "evaluate", DESCRIBE})  # of a message, as client_app serves them
 
 T = TypeVar("T")
 
@@ -259,11 +258,9 @@ class Fleet:
 
     def close(self) -> None:
         """Say good-bye if that is possible, and close the connection."""
-        try:
+        with suppress(httpx.HTTPError):  # it lapses by itself
             if self.node:
                 self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node))
-        except httpx.HTTPError:
-            self.node = 0  # it lapses by itself
         self._client.close()
 
     @property

@@ -1,20 +1,25 @@
 """Flower around a site: records in, records out. No training in this file.
 
-A message's content (a Flower RecordDict) holds
-
-    "message"  ConfigRecord {"kind": str, "json": bytes}      always; protocols/messages.py
-    "frame"    ArrayRecord  {"frame": Array}                  with an adapter or a delta
-    "metrics"  MetricRecord {"num-examples": int}             trained, evaluated: for Flower's logs
-
-The adapter travels packed: one frame (docs/wire-format.md) in one Array of dtype "uint8",
-shape [n] and serialisation type FRAME_TYPE. Flower moves every Array as several objects, each
-with its own request, so that 448 tensors take ten times as long as the same bytes in one;
-and Flower's own tools refuse a type that they do not know, as they should.
+What a message's content (a Flower RecordDict) holds is in contents.py. The adapter travels
+packed: one frame (docs/wire-format.md) in one Array of dtype "uint8", shape [n] and serialisation
+type FRAME_TYPE. Flower moves every Array as several objects, each with its own request, so that
+448 tensors take ten times as long as the same bytes in one; and Flower's own tools refuse a type
+that they do not know, as they should.
 
     coordinator → site            site → coordinator
     "query.describe"  describe    described | refused
-    "train"           assignment  trained + delta | refused
+    "train"           assignment  trained + delta | kept | refused
     "evaluate"        assignment  evaluated | refused
+
+In a run with [secure_aggregation] a delta is kept at the site (the answer is "kept": a Trained and
+nothing else), and the five stages of a secure sum follow, each with the assignment that it is about
+(docs/secure-aggregation.md):
+
+    "query.advertise" invite      advert | refused
+    "query.share"     adverts     shares | refused
+    "query.mask"      delivery    masked + vector | refused
+    "query.agree"     survivors   agreed | refused
+    "query.reveal"    agreement   reveal | refused
 
 Whatever goes wrong comes back as `refused`. Flower would send the text of an exception to the
 coordinator as it is; the text of an unforeseen one may hold a record, so only its type leaves.
@@ -24,13 +29,23 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sized
-from typing import Annotated, Protocol, cast
+from collections.abc import Callable
+from typing import Annotated
 
 import msgspec
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from anabranch.client.contents import COUNT as COUNT
+from anabranch.client.contents import FRAME_TYPE as FRAME_TYPE
+from anabranch.client.contents import KEPT, frame_of, kind_of
+from anabranch.client.contents import pack as _pack
+from anabranch.client.contents import unpack as _unpack
+from anabranch.client.site_like import NO_LIMITS as NO_LIMITS
+from anabranch.client.site_like import Rostered as Rostered
+from anabranch.client.site_like import SiteLike as SiteLike
+from anabranch.client.site_like import SummingSite as SummingSite
+from anabranch.client.stages import STAGE_TYPES, pack_reply, unpack_request
 from anabranch.protocols import messages, wire
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
@@ -44,15 +59,16 @@ from anabranch.protocols.errors import (
     PrivacyError,
     ProtocolError,
 )
-from anabranch.protocols.identity.proposal import Signed
+from anabranch.protocols.identity.proposal import Hex, Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Reason, Refused, Trained
 from anabranch.protocols.part import Part
+from anabranch.protocols.secagg.messages import STAGES, Stage
+from anabranch.protocols.secagg.terms import Roster
 from anabranch.protocols.spec import AdapterSpec, require_same_spec, shown
 from anabranch.protocols.tables import Count, Name, Uplink
 
-FRAME_TYPE = "anabranch.frame/1"
 DESCRIBE = "query.describe"  # Flower's message type: a query, by name
-COUNT = "num-examples"  # the key that Flower's own strategies and logs look for
+TYPES = frozenset({"train", "evaluate", DESCRIBE, *STAGE_TYPES.values()})  # what sites are sent
 
 REASONS: dict[type[AnabranchError], Reason] = {
     ConfigError: "config",
@@ -72,6 +88,7 @@ class Describe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     run: str
     config: RunConfig
     signed: Signed | None = None
+    roster: Roster | None = None  # that the proposal names: for the owner, who approves the run
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,30 +98,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_examples: Annotated[int, msgspec.Meta(ge=0, le=wire.MAX_EXAMPLES)]
     held_out: Annotated[int, msgspec.Meta(ge=0, le=wire.MAX_EXAMPLES)]
     max_rank: Count | None = None  # highest LoRA rank it trains; None: any
-
-
-class SiteLike(Protocol):
-    """What a site must offer to be reached through Flower."""
-
-    @property
-    def name(self) -> str:
-        """Its name in this run."""
-
-    @property
-    def max_rank(self) -> int | None:
-        """The highest LoRA rank it trains; None: any."""
-
-    def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
-        """Raise PolicyError if this run may not ask anything here; called before `sizes`."""
-
-    def sizes(self, config: RunConfig) -> tuple[Sized, Sized]:
-        """Return (training, held-out) records to be counted, or raise DataError."""
-
-    def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
-        """Return what it learned from `adapter`, the delta as one frame."""
-
-    def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
-        """Return metrics of `adapter` on held-out records."""
+    peer_key: Hex | None = None  # Ed25519, that other sites know it by in secure sums
 
 
 SiteFor = Callable[[Context], SiteLike]
@@ -127,7 +121,24 @@ def client_app(site_for: SiteFor) -> ClientApp:
     def describe(message: Message, context: Context) -> Message:
         return answer(message, context, site_for, _describe, "the data check")
 
+    for stage in STAGES:
+        app.query(stage)(_stage(site_for, stage))
     return app
+
+
+def _stage(site_for: SiteFor, stage: Stage) -> Callable[[Message, Context], Message]:
+    """Return what answers one stage of secure sums."""
+
+    def secure(message: Message, context: Context) -> Message:
+        return answer(
+            message,
+            context,
+            site_for,
+            lambda site, content: _secure(site, content, stage),
+            f"the secure sum ({stage})",
+        )
+
+    return secure
 
 
 def answer(message: Message, context: Context, site_for: SiteFor, work: Work, what: str) -> Message:
@@ -165,7 +176,9 @@ def _evaluate(site: SiteLike, content: RecordDict) -> RecordDict:
 
 
 def _describe(site: SiteLike, content: RecordDict) -> RecordDict:
-    describe = _unpack(content, Describe)
+    describe = _unpack(content, Describe, decode=_describe_of)
+    if describe.roster is not None and isinstance(site, Rostered):
+        site.show_roster(describe.roster)
     site.admit(describe.run, describe.config, describe.signed)
     train, held_out = site.sizes(describe.config)
     return _pack(
@@ -174,8 +187,23 @@ def _describe(site: SiteLike, content: RecordDict) -> RecordDict:
             num_examples=len(train),
             held_out=len(held_out),
             max_rank=site.max_rank,
+            peer_key=peer_key_of(site, describe.run, describe.config),
         )
     )
+
+
+def _secure(site: SiteLike, content: RecordDict, stage: Stage) -> RecordDict:
+    assignment, request = unpack_request(content, stage)
+    if not isinstance(site, SummingSite):
+        raise ProtocolError(f"{site.name} takes part in no secure sums")
+    return pack_reply(site.secure(assignment, request))
+
+
+def peer_key_of(site: SiteLike, run: str, config: RunConfig) -> str | None:
+    """Return a site's key in the secure sums of a run; None: the run has none, or the site."""
+    if config.secure_aggregation is None or not isinstance(site, SummingSite):
+        return None
+    return site.peer_key(run, config)
 
 
 def pack_describe(describe: Describe) -> RecordDict:
@@ -205,7 +233,9 @@ class Handed(RecordDict):
 
 
 def pack_trained(trained: Trained, frame: bytes) -> RecordDict:
-    """Return the content of the reply to "train"; `frame` holds the delta."""
+    """Return the content of the reply to "train"; `frame` holds the delta; b"": it was kept."""
+    if not frame:
+        return _pack(trained, count=trained.num_examples, kind=KEPT)
     return _pack(trained, frame=frame, count=trained.num_examples)
 
 
@@ -232,7 +262,7 @@ def unpack_assignment(content: RecordDict) -> tuple[Assignment, Adapter]:
     This and every other unpack raises MalformedMessage for a content that no pack makes, and
     IncompatibleAdapter for a frame with another spec or with values that are not finite.
     """
-    return _unpack(content, Assignment), wire.decode_adapter(_frame(content))
+    return _unpack(content, Assignment), wire.decode_adapter(frame_of(content))
 
 
 def unpack_trained(
@@ -244,22 +274,22 @@ def unpack_trained(
     """
     if isinstance(content, Handed):
         return content.trained, _handed(content.delta, spec, part, uplink)
-    if _kind(content) == "refused":
+    if kind_of(content) == "refused":
         return _unpack(content, Refused)
-    trained, frame = _unpack(content, Trained), _frame(content)
+    trained, frame = _unpack(content, Trained), frame_of(content)
     return trained, wire.decode_delta(frame, spec, part, codec=uplink.codec, keep=uplink.keep)
 
 
 def unpack_evaluated(content: RecordDict) -> Evaluated | Refused:
     """Return a site's metrics, or why there are none."""
-    if _kind(content) == "refused":
+    if kind_of(content) == "refused":
         return _unpack(content, Refused)
     return _unpack(content, Evaluated)
 
 
 def unpack_described(content: RecordDict) -> Described | Refused:
     """Return who the site is, or why it cannot take part."""
-    if _kind(content) == "refused":
+    if kind_of(content) == "refused":
         return _unpack(content, Refused)
     return _unpack(content, Described)
 
@@ -271,68 +301,6 @@ def payload_bytes(content: RecordDict) -> int:
     arrays = sum(len(a.data) for record in content.array_records.values() for a in record.values())
     values = (v for record in content.config_records.values() for v in record.values())
     return arrays + sum(len(v) for v in values if isinstance(v, bytes))
-
-
-def _pack(
-    message: msgspec.Struct, *, frame: bytes | None = None, count: int | None = None
-) -> RecordDict:
-    text = messages.encode(message)
-    kind = type(message).__name__.lower()
-    content = RecordDict({"message": ConfigRecord({"kind": kind, "json": text})})
-    if frame is not None:
-        array = Array(dtype="uint8", shape=(len(frame),), stype=FRAME_TYPE, data=frame)
-        content["frame"] = ArrayRecord({"frame": array})
-    if count is not None:
-        content["metrics"] = MetricRecord({COUNT: count})
-    return content
-
-
-# kind -> the records that come with it
-RECORDS: dict[str, set[str]] = {
-    "describe": {"message"},
-    "described": {"message"},
-    "assignment": {"message", "frame"},
-    "trained": {"message", "frame", "metrics"},
-    "evaluated": {"message", "metrics"},
-    "refused": {"message"},
-}
-
-
-def _kind(content: RecordDict) -> str:
-    """Return the kind of a content that has exactly the records of that kind."""
-    record = content.get("message")
-    if not isinstance(record, ConfigRecord) or set(record) != {"kind", "json"}:
-        raise MalformedMessage("expected a ConfigRecord 'message' with 'kind' and 'json'")
-    kind = record["kind"]
-    if not isinstance(kind, str) or kind not in RECORDS:
-        raise MalformedMessage(f"expected one of {sorted(RECORDS)}, got {shown(repr(kind))}")
-    if set(content) != RECORDS[kind]:
-        raise MalformedMessage(
-            f"{kind}: expected records {sorted(RECORDS[kind])}, got {shown(repr(sorted(content)))}"
-        )
-    return kind
-
-
-def _unpack(content: RecordDict, expected: type[messages.M]) -> messages.M:
-    """Return the message, which must be of type `expected`, in a content of its kind."""
-    kind, wanted = _kind(content), expected.__name__.lower()
-    if kind != wanted:
-        raise MalformedMessage(f"expected {wanted!r}, got {kind!r}")
-    text = content["message"]["json"]
-    if not isinstance(text, bytes):
-        raise MalformedMessage(f"{kind}: expected JSON as bytes, got {type(text).__name__}")
-    message: messages.M
-    if expected is Describe:
-        message = cast(messages.M, _describe_of(text))
-    else:
-        message = messages.decode(text, expected)
-    if "metrics" in content:
-        metrics = content["metrics"]
-        if not isinstance(metrics, MetricRecord) or dict(metrics) != {
-            COUNT: getattr(message, "num_examples", None)
-        }:
-            raise MalformedMessage(f"{kind}: metrics and message differ in num_examples")
-    return message
 
 
 def _handed(delta: Delta, spec: AdapterSpec, part: Part, uplink: Uplink) -> Delta:
@@ -347,21 +315,6 @@ def _handed(delta: Delta, spec: AdapterSpec, part: Part, uplink: Uplink) -> Delt
 
 
 @functools.lru_cache(maxsize=2)
-def _describe_of(text: bytes) -> Describe:
+def _describe_of(text: bytes, kind: type[Describe]) -> Describe:
     """Read an invitation, which every client of a simulated population gets."""
-    return messages.decode(text, Describe)
-
-
-def _frame(content: RecordDict) -> bytes:
-    """Return the bytes of the one frame."""
-    record = content.get("frame")
-    if not isinstance(record, ArrayRecord) or set(record) != {"frame"}:
-        raise MalformedMessage("expected an ArrayRecord 'frame' with the one Array 'frame'")
-    array = record["frame"]
-    got = (array.dtype, array.stype, tuple(array.shape))
-    if got != ("uint8", FRAME_TYPE, (len(array.data),)):
-        raise MalformedMessage(
-            f"frame: expected uint8, {FRAME_TYPE!r}, shape ({len(array.data)},), "
-            f"got {shown(repr(got), 200)}"
-        )
-    return array.data
+    return messages.decode(text, kind)

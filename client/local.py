@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from anabranch.client.private_round import PrivateRound
 from anabranch.client.tuning.checkpoint import Progress
 from anabranch.client.tuning.classifier import Classifier
+from anabranch.client.tuning.distributed import Unnoised, fit_unnoised
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter
 from anabranch.client.tuning.private import PrivateFit, fit_private
 from anabranch.client.tuning.training import Schedule, fit
-from anabranch.protocols.adapter import WHOLE, Adapter
+from anabranch.protocols.adapter import WHOLE, Adapter, Delta
 from anabranch.protocols.errors import DataError, ModelError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Training
@@ -51,7 +52,17 @@ class Learned:
     after: Adapter
     steps: int
     loss: float | None = None  # mean training loss of the last epoch; None: private, or no step
-    private: PrivateFit | None = None
+    private: PrivateFit | Unnoised | None = None
+
+    def delta(self, local: Local) -> Delta:
+        """Return what was learned, of the part that was trained."""
+        count = len(local.examples)
+        if not isinstance(self.private, Unnoised):
+            return self.after.minus(
+                local.start, num_examples=count, part=local.part, steps=self.steps
+            )
+        arrays = local.part.take(local.start.spec, self.private.update)
+        return Delta(local.start.spec, arrays, count, part=local.part, steps=self.steps)
 
 
 def train_alone(local: Local) -> Learned:
@@ -102,6 +113,18 @@ def _fit(local: Local) -> Learned:
 
 
 def _fit_private(local: Local, round: PrivateRound) -> Learned:
+    if round.plan.together is not None:
+        apart = fit_unnoised(
+            local.classifier,
+            local.examples,
+            round.plan,
+            local.training,
+            step_offset=local.schedule.first_step,
+            part=local.part,
+            engine=round.engine,
+            randomness=round.randomness,
+        )
+        return Learned(after=local.start, steps=1, private=apart)
     done = fit_private(
         local.classifier,
         local.examples,

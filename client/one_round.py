@@ -115,9 +115,7 @@ def came_of(begun: Begun, learned: Learned, folder: Path) -> Came:
         assert learned.private is not None  # a private Local is trained privately
         cost, said, changes = close_round(local.private, learned.private)
         done |= said
-    delta = learned.after.minus(
-        local.start, num_examples=len(local.examples), part=assignment.part, steps=learned.steps
-    )
+    delta = learned.delta(local)
     sent: Delta | bytes = delta
     if config.uplink.codec != "fp32" or config.uplink.error_feedback:
         seed = round_seed(config.seed, f"{local.name}/uplink", assignment.round)

@@ -10,6 +10,9 @@ One step is a Poisson-subsampled Gaussian mechanism. Steps compose by the number
 alone, over rounds and over runs; ε comes from Opacus' PRV accountant (Gopi, Lee, Wutschitz
 2021, arXiv:2106.02848), whose upper bound is taken. Full batches (q = 1) go the same way:
 the accountant's limit q → 1 is the Gaussian mechanism, whose exact composition a test compares.
+
+As soon as Skellam noise (protocols/secagg/noise.py) is among what was spent, all of it is composed
+by its Rényi divergences (protocols/rdp.py), an upper bound: PRV has no law of that noise.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from anabranch.protocols import rdp
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.secagg.noise import DistributedNoise
 from anabranch.protocols.spend import (
     LARGEST_EPSILON,
     LARGEST_NOISE,
@@ -30,6 +35,7 @@ from anabranch.protocols.spend import (
     Spend,
     merged,
     repeats,
+    require_one_unit,
     require_within,
 )
 from anabranch.protocols.tables import Clipping, Privacy, Training
@@ -43,6 +49,7 @@ __all__ = [  # with what spend.py has for sites and devices alike
     "least_noise",
     "merged",
     "plan_for",
+    "plan_together",
     "repeats_within",
     "require_budget",
     "sampling_rate",
@@ -63,6 +70,7 @@ class DpPlan:
     delta: float
     epsilon: float  # what the whole run costs, at most the budget
     target_quantile: float = 0.5  # adaptive clipping alone
+    together: DistributedNoise | None = None  # noise of all members of a secure sum; None: its own
 
     def __post_init__(self) -> None:
         self.spend(self.steps)
@@ -72,6 +80,8 @@ class DpPlan:
 
     def spend(self, steps: int) -> Spend:
         """Return what `steps` steps of this plan spend."""
+        if self.together is not None:
+            return self.together.spend(steps, self.sample_rate)
         return Spend(
             noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps
         )
@@ -119,6 +129,31 @@ def plan_for(privacy: Privacy, training: Training, rounds: int, num_examples: in
     )
 
 
+def plan_together(noise: DistributedNoise, privacy: Privacy, batch: int, records: int) -> DpPlan:
+    """Return the plan of a site with so many records, in a run whose sums are noised by members.
+
+    The noise is agreed on; the rate is the site's own, so it spends no more than was planned.
+    Raises PrivacyError for a site with too few records: its rate, or the run's δ, is too large.
+    """
+    rate = sampling_rate(batch, max(records, 1))
+    if records < 1 or rate > noise.sample_rate or noise.delta >= 1 / records:
+        raise PrivacyError(
+            f"{records} training records: the noise of this run is planned for sites that draw "
+            f"a record with chance {noise.sample_rate:.4f} at most, and delta = {noise.delta:g} "
+            "below 1/n. This site takes no part; lower data.min_rows or privacy.delta for all"
+        )
+    return DpPlan(
+        noise_multiplier=noise.noise_multiplier,
+        clipping=privacy.clipping,
+        clipping_norm=privacy.clipping_norm,
+        sample_rate=rate,
+        steps=noise.rounds,
+        delta=noise.delta,
+        epsilon=epsilon_of([noise.spend(noise.rounds, rate)], noise.delta),
+        together=noise,
+    )
+
+
 def sampling_rate(batch_size: int, num_examples: int) -> float:
     """Return q for an expected batch of `batch_size` of `num_examples` records."""
     return min(1.0, batch_size / num_examples)
@@ -129,11 +164,9 @@ def epsilon_of(spends: Iterable[Spend], delta: float) -> float:
 
     The order of spends and their division into rounds do not matter. Nothing spent is 0;
     beyond LARGEST_EPSILON the result is infinity. Raises PrivacyError if the accountant
-    cannot bound it.
+    cannot bound it, or spends of records and of clients were given at once.
     """
-    if not 0 < delta < 1:
-        raise PrivacyError(f"expected delta in (0, 1), got {delta}")
-    return _bounds(merged(spends), delta)[1]
+    return epsilon_bounds(spends, delta)[1]
 
 
 @functools.lru_cache(maxsize=CACHED)
@@ -172,9 +205,15 @@ def epsilon_bounds(spends: Iterable[Spend], delta: float) -> tuple[float, float]
     """Return (low, high) between which the accountant guarantees the true ε to lie.
 
     `high` is what epsilon_of gives. Beyond LARGEST_EPSILON nothing is computed: both are
-    infinity.
+    infinity. With Skellam noise among them there is no bound from below: `low` is 0.
     """
-    return _bounds(merged(spends), delta)
+    if not 0 < delta < 1:
+        raise PrivacyError(f"expected delta in (0, 1), got {delta}")
+    every = list(spends)
+    if any(spend.skellam is not None for spend in every):
+        return 0.0, rdp.epsilon_of(every, delta)
+    require_one_unit(every)
+    return _bounds(merged(every), delta)
 
 
 @functools.lru_cache(maxsize=CACHED)

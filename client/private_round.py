@@ -18,12 +18,17 @@ import msgspec
 
 from anabranch.client.ledger import Limit
 from anabranch.client.personal import checked_run
-from anabranch.client.privacy import LARGEST_EPSILON, DpPlan, Spend, plan_for
+from anabranch.client.privacy import LARGEST_EPSILON, DpPlan, Spend, plan_for, plan_together
 from anabranch.client.site_file import Budget
+from anabranch.client.tuning.distributed import Unnoised
 from anabranch.client.tuning.private import PrivateFit
 from anabranch.client.tuning.randomness import Randomness
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ModelError, PrivacyError
 from anabranch.protocols.messages import Assignment
+from anabranch.protocols.secagg.agreed_noise import noise_of, values_of
+from anabranch.protocols.spec import AdapterSpec
+from anabranch.protocols.spend import Unit
 from anabranch.protocols.tables import Engine, Positive, Privacy
 
 
@@ -71,8 +76,8 @@ class Books(Protocol):
     def settle(self, entry: int, spend: Spend) -> str:
         """Write down that a round is over; return the head of the chain."""
 
-    def spent(self, rows: Sequence[bytes], delta: float) -> float:
-        """Return the largest ε at `delta` that one of these rows has spent."""
+    def spent(self, rows: Sequence[bytes], delta: float, unit: Unit = "record") -> float:
+        """Return the largest ε at `delta` that one of these rows, or the client, has spent."""
 
 
 def open_round(
@@ -83,12 +88,14 @@ def open_round(
     ledger: Books,
     budget: Budget | None,
     randomness: Randomness | None = None,
+    spec: AdapterSpec | None = None,
 ) -> PrivateRound:
     """Plan a private round and reserve what it spends: a crash from here on counts as spent.
 
-    `rows` are the identities of the examples; `randomness` is for tests and simulations, whoever
-    knows it knows the noise. Raises PrivacyError, before anything is trained, if the run's
-    budget, or the site's, would be exceeded or the ledger cannot be trusted.
+    `spec` is needed where the noise is added in a secure sum. `rows` are the identities of the
+    examples; `randomness` is for tests and simulations, whoever knows it knows the noise. Raises
+    PrivacyError, before anything is trained, if the run's budget, or the site's, would be exceeded
+    or the ledger cannot be trusted.
     """
     config = assignment.config
     privacy, steps = config.privacy, config.training.local_steps
@@ -99,7 +106,7 @@ def open_round(
             f"round {assignment.round} is beyond the {config.federation.rounds} of the run's plan: "
             "nothing is reserved, and nothing is trained"
         )
-    plan = plan_for(privacy, config.training, config.federation.rounds, len(rows))
+    plan = _plan(config, privacy, spec, len(rows))
     norm = _clipping_norm(folder, assignment.run) if plan.clipping == "adaptive" else None
     entry = ledger.reserve(
         rows, assignment.run, assignment.round, plan.spend(steps), limits(privacy, plan, budget)
@@ -116,8 +123,18 @@ def open_round(
     )
 
 
+def _plan(config: RunConfig, privacy: Privacy, spec: AdapterSpec | None, records: int) -> DpPlan:
+    if privacy.noise == "local":
+        return plan_for(privacy, config.training, config.federation.rounds, records)
+    if spec is None:
+        raise PrivacyError("noise of a secure sum is planned for an adapter, and none is given")
+    noise = noise_of(config, values_of(spec))
+    assert noise is not None  # RunConfig requires [secure_aggregation] with it
+    return plan_together(noise, privacy, config.training.batch_size, records)
+
+
 def close_round(
-    round: PrivateRound, done: PrivateFit
+    round: PrivateRound, done: PrivateFit | Unnoised
 ) -> tuple[Cost, dict[str, Any], dict[str, bytes]]:
     """Return what is to be settled, what the report says, and the files that change with it.
 
@@ -125,7 +142,7 @@ def close_round(
     """
     plan = round.plan
     changes = {}
-    if plan.clipping == "adaptive":
+    if plan.clipping == "adaptive" and isinstance(done, PrivateFit):
         after = msgspec.json.encode(Clipping(clipping_norm=done.clipping_norm))
         changes[_clipping_name(round.run)] = after
     said = {

@@ -21,7 +21,7 @@ from anabranch.protocols import messages, wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import RunError
 from anabranch.protocols.messages import Assignment, Trained
-from anabranch.protocols.spend import Spend
+from anabranch.protocols.spend import Spend, Unit
 
 FOLDER = "answers"
 S = TypeVar("S", bound=msgspec.Struct)
@@ -91,9 +91,9 @@ class Reserving:
         """Settle the entry in the ledger."""
         return self.ledger.settle(entry, spend)
 
-    def spent(self, rows: Sequence[bytes], delta: float) -> float:
+    def spent(self, rows: Sequence[bytes], delta: float, unit: Unit = "record") -> float:
         """Return what the ledger says."""
-        return self.ledger.spent(rows, delta)
+        return self.ledger.spent(rows, delta, unit)
 
 
 def settled(result: Result, ledger: Ledger) -> Trained | None:

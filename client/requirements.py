@@ -86,3 +86,16 @@ def without_folders(text: str, folders: Iterable[Path]) -> str:
         for way in {folder, folder.absolute(), folder.resolve()}:
             text = text.replace(f"{way}{os.sep}", "")
     return text
+
+
+def require_evaluated(config: RunConfig) -> None:
+    """Refuse to evaluate where the run is private, or asks nobody to."""
+    if config.privacy is not None:
+        raise PrivacyError(
+            "client evaluation would release metrics that [privacy] does not cover: set "
+            "federation.client_evaluation = false"
+        )
+    if not config.federation.client_evaluation:
+        raise ProtocolError(
+            "the run asks no site to evaluate: federation.client_evaluation = false"
+        )

@@ -7,6 +7,7 @@
     feedback/        what a codec left out of earlier deltas (feedback.py)
     runs/            the configuration that each run began with
     answers/         its last answers, and where an unfinished round stands (answers.py)
+    secure/          its part in secure sums: what was opened, what waits (secure_site.py)
 
 `Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
 (private if the run says so), ledger, delta, frame. It can be asked again at any time, and its
@@ -28,7 +29,6 @@ import torch
 
 from anabranch.client.answers import Answers
 from anabranch.client.data.records import Records, load_records, split
-from anabranch.client.ledger import Ledger
 from anabranch.client.local import Learned, Local, train_alone
 from anabranch.client.memory import give_back
 from anabranch.client.models import MODELS, Models
@@ -47,25 +47,25 @@ from anabranch.client.one_round import (
     round_seed as round_seed,
 )
 from anabranch.client.policy.policy_file import columns_never
-from anabranch.client.private_round import Books, PrivateRound, open_round, settle
-from anabranch.client.question import Reserving, key_of
+from anabranch.client.private_round import settle
+from anabranch.client.question import key_of
 from anabranch.client.requirements import (
     kept_back,
     outside,
+    require_evaluated,
     require_one_configuration,
     require_part,
     require_within_budget,
-    without_folders,
 )
-from anabranch.client.site_file import SiteFile, ledger_of, read_site, witness_folder
+from anabranch.client.secure_site import InSums
+from anabranch.client.site_file import SiteFile, read_site
 from anabranch.client.tuning.checkpoint import SECONDS, Watch
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
-from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.training import steps_per_round
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import DataError, PrivacyError, ProtocolError
+from anabranch.protocols.errors import DataError, PrivacyError
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.storage.files import write_atomic
@@ -73,7 +73,7 @@ from anabranch.storage.files import write_atomic
 log = logging.getLogger(__name__)
 
 
-class Site:
+class Site(InSums):
     """One participant. Raises ConfigError for a wrong site.toml, naming the field."""
 
     def __init__(
@@ -84,6 +84,7 @@ class Site:
         watch: Watch | None = None,
         *,
         save_every: float = SECONDS,
+        process_per_message: bool = False,
     ) -> None:
         """`file` is that of a simulated client, which keeps no answers and is not watched in
         training; None: read site.toml.
@@ -91,6 +92,7 @@ class Site:
         `watch` is told ("preparing" | "training" | "evaluating", step, steps), and of training
         each step; an AnabranchError that it raises ends the round, which goes on from there when
         it is asked again. `save_every` seconds of training are lost at most with the process.
+        `process_per_message`: the next message is answered by another process (client/app.py).
         """
         self.folder = folder
         self._file = read_site(folder) if file is None else file
@@ -100,6 +102,7 @@ class Site:
         self._place = Place(self.name, folder, device, max_rank, models)
         self._answers = Answers(folder) if file is None else None
         self.watch, self._save_every = watch, save_every
+        self.process_per_message = process_per_message
         self._records: dict[str, tuple[Records, Records]] = {}
         self._prepared: dict[tuple[str, int], tuple[Records, Sequence[torch.Tensor]]] = {}
 
@@ -112,11 +115,6 @@ class Site:
     def max_rank(self) -> int | None:
         """Return the highest LoRA rank this machine trains; None: any."""
         return self._file.max_rank
-
-    @property
-    def ledger(self) -> Ledger:
-        """Return the site's privacy ledger."""
-        return ledger_of(self.folder, self._file)
 
     def records(self, config: RunConfig) -> tuple[Records, Records]:
         """Return (training, held-out) records; raise DataError if the contract is broken."""
@@ -162,7 +160,8 @@ class Site:
         try:
             with self._answers.alone(self.ledger):
                 held = self._answers.held(key)
-                return held or self._answer(self._answers, key, assignment, adapter)
+                report, frame = held or self._answer(self._answers, key, assignment, adapter)
+            return self._kept_for_sums(assignment, adapter, report, frame)
         except PrivacyError as error:
             raise self._outward(error) from error
 
@@ -218,7 +217,9 @@ class Site:
             proximal_mu=config.federation.proximal_mu,
             part=assignment.part,
             kept=config.kept,
-            private=self._reserve(assignment, identities(), asked) if config.privacy else None,
+            private=self._reserve(assignment, identities(), asked, start.spec)
+            if config.privacy
+            else None,
             progress=progress,
         )
         return Begun(
@@ -244,7 +245,8 @@ class Site:
                 raise self._outward(error) from error
         for path, data in came.changes.items():
             write_atomic(self.folder / path, data)
-        return msgspec.structs.replace(came.report, **(report or {})), came.sent
+        trained = msgspec.structs.replace(came.report, **(report or {}))
+        return self._kept_for_sums(begun.assignment, begun.adapter, trained, came.sent)
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Return metrics of `adapter` on the held-out records; refused in a private run.
@@ -255,15 +257,7 @@ class Site:
         the model with the private adapter, if there is one yet, have names with "personal_".
         """
         config = assignment.config
-        if config.privacy is not None:
-            raise PrivacyError(
-                "client evaluation would release metrics that [privacy] does not cover: set "
-                "federation.client_evaluation = false"
-            )
-        if not config.federation.client_evaluation:
-            raise ProtocolError(
-                "the run asks no site to evaluate: federation.client_evaluation = false"
-            )
+        require_evaluated(config)
         require_within_budget(self._file.budget, config)
         self._tell("preparing")
         if self._answers is not None and self._answers.pending:
@@ -313,38 +307,3 @@ class Site:
 
     def _steps(self, assignment: Assignment, num_examples: int) -> int:
         return steps_per_round(num_examples, assignment.config.training)
-
-    def _reserve(
-        self, assignment: Assignment, rows: Sequence[bytes], asked: Asked | None
-    ) -> PrivateRound:
-        """Plan and reserve a private round; an error's text leaves without the site's paths."""
-        books = self.books if asked is None else Reserving(self.ledger, asked.attempt)
-        try:
-            return open_round(
-                assignment,
-                rows,
-                folder=self.folder,
-                ledger=books,
-                budget=self._file.budget,
-                randomness=self._randomness(assignment),
-            )
-        except PrivacyError as error:
-            raise self._outward(error) from error
-
-    @property
-    def books(self) -> Books:
-        """Return where a private round is reserved and settled: the site's ledger."""
-        return self.ledger
-
-    def _randomness(self, assignment: Assignment) -> Randomness | None:
-        """Return where the noise of a private round comes from; None: the operating system."""
-        return None
-
-    def _outward(self, error: PrivacyError) -> PrivacyError:
-        """Return an error that does not say where files lie; the log has all of it."""
-        witnesses = witness_folder(self._file)
-        text = without_folders(str(error), [self.folder, *([witnesses] if witnesses else [])])
-        if text == str(error):
-            return error
-        log.warning("%s: %s", self.name, error)
-        return PrivacyError(text)

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from flwr.app import Context, Message, RecordDict
 
@@ -51,7 +52,10 @@ QUIET_S = 3.0  # without a message, before the preflight is made
 PAUSE_S = 15.0  # between two attempts, at most
 RENEW_S = 20.0  # between two renewals of the certificate, at least
 SKEW_S = 60.0  # a clock that is further off is named as the reason
+OWN_TROUBLE = "trouble on the site's own machine: there, `anabranch site status` says which"
 NODE = "identity/node"  # Flower's id of this site's node
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +92,9 @@ class Agent:
         """Work until `stop` is set."""
         sweep(self.folder)
         for name in (FOLDER, *OTHERS):  # what was learned from records is for the owner alone
-            (self.folder / name).mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
-            (self.folder / name).chmod(PRIVATE_FOLDER)
+            for folder in (*reversed(Path(name).parents[:-1]), Path(name)):
+                (self.folder / folder).mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+                (self.folder / folder).chmod(PRIVATE_FOLDER)
         keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         keeper.start()
         written = False
@@ -149,7 +154,8 @@ class Agent:
 
     def _connect(self, fleet: Fleet) -> None:
         file = self.folder / NODE
-        known = int(file.read_text()) if file.exists() else 0
+        text = file.read_text(errors="replace") if file.exists() else ""
+        known = int(text) if text.isdecimal() else 0  # else it is told anew
         if known:
             try:
                 fleet.connect(known)
@@ -196,36 +202,30 @@ class Agent:
         return None
 
     def _fetch(self, fleet: Fleet, announced: Announced, limit: int) -> Message:
-        """Fetch a message piece by piece; while the coordinator is away, try again."""
+        """Fetch a message piece by piece."""
+        heard = self._moved("receiving")
+        return self._patiently(lambda: fleet.fetch(announced, limit, heard, self._pieces))
+
+    def _answer(self, fleet: Fleet, reply: Message, seconds: float) -> None:
+        """Send an answer. One with a delta is stored, too: it can be asked for again."""
+        self.doing.set("uploading")
+        self._patiently(lambda: fleet.answer(reply, seconds, self._moved("uploading")))
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Return what a call returns; while the coordinator is away, try again."""
         pause = 0.5
         while True:
             try:
-                got = fleet.fetch(announced, limit, self._moved("receiving"), self._pieces)
+                got = call()
             except Unreachable as error:
                 self.doing.set(reason=str(error))
                 self._link = str(error)
                 if self.stop.wait(pause):
                     raise
                 pause = min(2 * pause, PAUSE_S)
-                continue
-            self._link = ""
-            return got
-
-    def _answer(self, fleet: Fleet, reply: Message, seconds: float) -> None:
-        """Send an answer; while the coordinator is away, try again. It is stored, if a delta."""
-        pause = 0.5
-        self.doing.set("uploading")
-        while not self.stop.is_set():
-            try:
-                fleet.answer(reply, seconds, self._moved("uploading"))
-            except Unreachable as error:
-                self.doing.set(reason=str(error))
-                self._link = str(error)
-                self.stop.wait(pause)
-                pause = min(2 * pause, PAUSE_S)
-                continue
-            self._link = ""
-            return
+            else:
+                self._link = ""
+                return got
 
     def _moved(self, activity: str) -> Callable[[int, int], None]:
         def heard(done: int, total: int) -> None:
@@ -239,7 +239,8 @@ class Agent:
         """Say why there is no connection, and wait a little longer each time."""
         self._pause = min(max(0.5, 2 * self._pause), PAUSE_S)
         self._link = str(error)
-        self.doing.set("starting", reason=str(error), message="")
+        ours = isinstance(error, (Unreachable, Refused, Over))  # said by client/fleet.py: no paths
+        self.doing.set("starting", reason=str(error) if ours else OWN_TROUBLE, message="")
         log.warning("%s; trying again in %.1f s", error, self._pause)
         self.stop.wait(self._pause)
 

@@ -25,12 +25,14 @@ from typing import Any, Self
 import httpx
 import msgspec
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.agent.identity import Identity, trusting
 from anabranch.client.agent.status import plain
 from anabranch.protocols.errors import AnabranchError, MalformedMessage, ProtocolError, RunError
 from anabranch.protocols.identity import authority, join
 from anabranch.protocols.identity.invitation import Invitation
+from anabranch.protocols.identity.peer import announce
 from anabranch.protocols.messages import M
 
 TIMEOUT_S = 20.0  # to connect, and for each piece of an answer
@@ -107,10 +109,16 @@ class Door:
         return self._call("POST", join.LEAVE, join.Leave(reason=plain(reason)), join.Heard)
 
     def renew(self) -> None:
-        """Get and keep a new certificate for the same key, and go on with it."""
-        request = authority.certificate_request(self.identity.key()).decode()
+        """Get and keep a new certificate for the same key, and go on with it.
+
+        The peer key is announced along: so does one that was made after the site joined.
+        """
+        request = authority.certificate_request(self.identity.key())
+        root = self.identity.coordinator.authority
+        peer = announce(self.identity.peer_key(), request, root)
+        asked = join.Renew(request=request.decode(), peer=peer)
         with self._one:
-            renewed = self._call("POST", join.RENEW, join.Renew(request=request), join.Renewed)
+            renewed = self._call("POST", join.RENEW, asked, join.Renewed)
             self.identity.replace_certificate(renewed.certificate.encode())
             old = self._client
             self._client = _client(self.identity.address, self.identity.context(), self._timeout_s)
@@ -159,16 +167,23 @@ def join_door(
     request: bytes,
     version: str,
     root: x509.Certificate,
+    peer: Ed25519PrivateKey,
     timeout_s: float = TIMEOUT_S,
 ) -> join.Joined:
     """Send the secret and a certificate request over TLS that trusts `root` alone.
 
-    `root` is what `pinned` returned. Raises what `Door` does; no error holds the secret. A door
-    at which no invitation is open lets nobody in without a certificate: Refused, code CLOSED.
+    `peer`, the key that other sites know this one by, is announced along. `root` is what `pinned`
+    returned. Raises what `Door` does; no error holds the secret. A door at which no invitation is
+    open lets nobody in without a certificate: Refused, code CLOSED.
     """
     if authority.fingerprint(root) != invitation.authority:
         raise ProtocolError("the authority is not the one that the invitation names")
-    message = join.Join(secret=invitation.secret, request=request.decode(), version=version)
+    message = join.Join(
+        secret=invitation.secret,
+        request=request.decode(),
+        version=version,
+        peer=announce(peer, request, invitation.authority),
+    )
     try:
         with _client(invitation.address, trusting(root), timeout_s) as client:
             return _call(client, invitation.address, "POST", join.JOIN, message, join.Joined)

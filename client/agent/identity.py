@@ -1,5 +1,7 @@
 """Who a site is to its coordinator: identity/ in the site's folder.
 
+    peer.key          Ed25519, 32 bytes in hex, mode 0600, never sent: other sites know this one by
+                      it in secure sums
     site.key          P-256, made here, mode 0600, never sent; also the key of Flower's node
     site.pem          its certificate; renewed in place, the key stays
     ca.pem            the federation's authority: the only one that is trusted
@@ -11,21 +13,24 @@ TLS 1.3 (RFC 8446) with a client certificate, and the coordinator's host must be
 
 from __future__ import annotations
 
+import secrets
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.protocols.errors import ConfigError, MalformedMessage, ProtocolError
 from anabranch.protocols.identity import authority
 from anabranch.protocols.identity.proposal import Hex, Short
 from anabranch.protocols.tables import Name
-from anabranch.storage.files import open_to_others, write_atomic
+from anabranch.storage.files import locked, open_to_others, write_atomic
 
 FOLDER = "identity"
 KEY, CERTIFICATE, ROOT, COORDINATOR = "site.key", "site.pem", "ca.pem", "coordinator.json"
+PEER = "peer.key"
 NODE = "node"  # the agent's: Flower's id of this site's node
 PRIVATE, PRIVATE_FOLDER = 0o600, 0o700
 
@@ -104,6 +109,13 @@ class Identity:
         """Return the private key."""
         return authority.read_private_key(self.key_file.read_bytes(), str(self.home / KEY))
 
+    def peer_key(self) -> Ed25519PrivateKey:
+        """Return the key that other sites know this one by; a site without one makes it now.
+
+        Raises ConfigError for a file that holds no key, or that anyone but its owner may read.
+        """
+        return peer_key(self.folder)
+
     def certificate(self) -> x509.Certificate:
         """Return the site's certificate."""
         return _certificate(self.certificate_file)
@@ -171,6 +183,33 @@ def write_key(folder: Path, key: authority.Key) -> None:
     write_atomic(home / KEY, authority.key_pem(key), PRIVATE)
 
 
+def peer_key(folder: Path) -> Ed25519PrivateKey:
+    """Return the key in peer.key, which is made if it is not there; ConfigError if it is unfit.
+
+    One key, however many processes ask at once. It is on the disk when this returns.
+    """
+    path = folder / FOLDER / PEER
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+            with locked(path):
+                if not path.exists():
+                    write_atomic(path, secrets.token_hex(32).encode() + b"\n", PRIVATE)
+        if mode := open_to_others(path):
+            raise ConfigError(
+                f"{path}: mode {mode}, but a private key is for its owner alone: chmod 600 {path}. "
+                "If others use this machine, leave and join again"
+            )
+        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text("ascii")))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; leave and join again") from None
+    except ValueError:
+        raise ConfigError(
+            f"{path}: expected an Ed25519 key, 64 hex digits; put the file back, or leave and join "
+            "again: the owners of other sites have to be told of the new key"
+        ) from None
+
+
 def unfinished_key(folder: Path) -> authority.Key | None:
     """Return the key of a join that was interrupted; None if there is none that can be used."""
     path = folder / FOLDER / KEY
@@ -202,7 +241,7 @@ def remove_identity(folder: Path) -> bool:
     """Remove the identity, coordinator.json and the key first; return whether there was one."""
     home = folder / FOLDER
     there = False
-    for name in (COORDINATOR, KEY, CERTIFICATE, ROOT, NODE):
+    for name in (COORDINATOR, KEY, PEER, CERTIFICATE, ROOT, NODE, f".{PEER}.lock"):
         there |= (home / name).exists()
         (home / name).unlink(missing_ok=True)
     if home.is_dir() and not any(home.iterdir()):

@@ -2,8 +2,8 @@
 
     look      folder, data and device are there; else nothing is sent, the invitation stays good
     pin       find the authority whose SHA-256 the invitation names, in what the server shows
-    key       P-256, made here; on the disk before it is asked for, so that a lost answer can be had
-              again with the same invitation, by this key alone
+    keys      P-256, and Ed25519 for other sites, made here; on the disk before they are sent for,
+              so that a lost answer can be had again with the same invitation, by these keys alone
     join      over TLS that trusts it alone: secret and certificate request ─► certificate
     write     site.toml, policy.toml, contract.toml, identity/; coordinator.json is last
     preflight checks that can be had again at any time (`anabranch site preflight`)
@@ -35,6 +35,7 @@ from anabranch.client.agent.identity import (
     Coordinator,
     Identity,
     joined,
+    peer_key,
     remove_identity,
     require_ours,
     unfinished_key,
@@ -49,6 +50,7 @@ from anabranch.protocols.errors import ConfigError, ProtocolError, RunError
 from anabranch.protocols.identity import authority
 from anabranch.protocols.identity.invitation import PREFIX, Invitation
 from anabranch.protocols.identity.join import Joined
+from anabranch.protocols.identity.peer import public_hex
 from anabranch.protocols.tables import Device
 from anabranch.storage.audit_log import AuditLog
 from anabranch.storage.files import sweep, write_atomic
@@ -162,6 +164,7 @@ def join_site(
         authority=invitation.authority,
         authors=sorted(answer.authors),
         key=authority.key_digest(key.public_key()),
+        peer=public_hex(peer_key(folder)),
     )
     write_identity(folder, key, certificate, root, coordinator)
     return JoinReport(
@@ -192,12 +195,9 @@ def _ask(invitation: Invitation, folder: Path) -> tuple[authority.Key, x509.Cert
     while True:
         key = old or authority.new_key()
         write_key(folder, key)
+        request, peer = authority.certificate_request(key), peer_key(folder)
         try:
-            return (
-                key,
-                root,
-                join_door(invitation, authority.certificate_request(key), version(), root),
-            )
+            return key, root, join_door(invitation, request, version(), root, peer)
         except CutOff:
             if time.monotonic() < until:
                 time.sleep(KNOCK_PAUSE_S)

@@ -13,14 +13,29 @@ from typing import Any
 
 import msgspec
 
-from anabranch.client.flower import SiteLike
+from anabranch.client.flower import (
+    NO_LIMITS,
+    Rostered,
+    SiteLike,
+    SummingSite,
+    peer_key_of,
+)
 from anabranch.client.policy.rules import NotAllowed
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import ConfigError, DataError, PolicyError, PrivacyError
+from anabranch.protocols.errors import (
+    ConfigError,
+    DataError,
+    PolicyError,
+    PrivacyError,
+    ProtocolError,
+)
 from anabranch.protocols.identity.join import Activity, Report, plain
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
+from anabranch.protocols.secagg.member import Answer, Limits
+from anabranch.protocols.secagg.messages import Request
+from anabranch.protocols.secagg.terms import Roster
 
 WAIT_S = 60.0  # a run that waits for this site asks every few seconds: later it waits no more
 REFUSED_S = 600.0  # for which a refusal that does not pass by itself is told
@@ -95,6 +110,15 @@ class Told:
         """The site's highest rank."""
         return self.site.max_rank
 
+    def peer_key(self, run: str, config: RunConfig) -> str | None:
+        """The site's key in secure sums."""
+        return peer_key_of(self.site, run, config)
+
+    def show_roster(self, roster: Roster) -> None:
+        """Show the owner among whom the run of the next question sums."""
+        if isinstance(self.site, Rostered):
+            self.site.show_roster(roster)
+
     def admit(self, run: str, config: RunConfig, signed: Signed | None) -> None:
         """Admit a run, or say what it waits for."""
         self.doing.set("preparing", run=run, round=0)
@@ -124,6 +148,21 @@ class Told:
         self.doing.set("evaluating", run=assignment.run, round=assignment.round)
         with self._noting(assignment.run):
             return self.site.evaluate(assignment, adapter)
+
+    def secure(
+        self, assignment: Assignment, request: Request, limits: Limits = NO_LIMITS
+    ) -> Answer:
+        """Answer one stage of a secure sum."""
+        self.doing.set("preparing", run=assignment.run, round=assignment.round)
+        with self._noting(assignment.run):
+            if not isinstance(self.site, SummingSite):
+                raise ProtocolError(f"{self.name} takes part in no secure sums")
+            answer = self.site.secure(assignment, request, limits)
+        log.info(
+            "run %s: round %d, secure sum: answered %r",
+            assignment.run, assignment.round, request.stage,
+        )  # fmt: skip
+        return answer
 
     def rest(self) -> None:
         """There is nothing to do now, or nothing before the owner has done something."""

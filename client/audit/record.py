@@ -134,6 +134,11 @@ def audit_site(
     """
     if config.privacy is None:
         raise PrivacyError("this run has no [privacy]: there is no record-level claim to audit")
+    if config.privacy.noise == "distributed":
+        raise PrivacyError(
+            'privacy.noise = "distributed": what a site sends has its noise from all members of a '
+            "secure sum, and one site's replay would have a part of it: there is no audit of it"
+        )
     train, held = split(load_records(site.data, config), config.training.holdout, config.seed)
     classifier = MODELS.classifier(config, site.device)
     start = read_adapter(load_classifier(config, device=site.device))

@@ -87,6 +87,26 @@ class PrivateStep:
         FedProx's pull. The batch is cut into physical ones of like length; noise, the
         accountant and the optimiser see one step.
         """
+        total, inside, found = self._summed(batch, canaries)
+        self._add_noise(total, inside)
+        total.div_(self._expected_batch)
+        self._flat.show_gradients()
+        self._active.pull(self._proximal_mu)
+        self.optimizer.step()
+        self._active.hold()
+        return found
+
+    @torch.no_grad()
+    def unnoised(self, batch: Examples) -> None:
+        """Leave the sum of the batch's clipped gradients in `grad` of every trained parameter.
+
+        No noise, no step: for a secure sum, whose members add the noise (distributed.py).
+        """
+        self._summed(batch, None)
+        self._flat.show_gradients()
+
+    def _summed(self, batch: Examples, canaries: Tensor | None) -> tuple[Tensor, float, bool]:
+        """Return the clipped sum (P,), Σ (b_i − ½), and whether a gradient was not 0."""
         self._flat.hide_gradients()
         total = self._flat.gradient.zero_()
         inside, found = torch.zeros(()), False
@@ -95,13 +115,7 @@ class PrivateStep:
             found = found or bool(norms.any())
             if self._plan.clipping == "adaptive":
                 inside = inside + within(factors).cpu()
-        self._add_noise(total, float(inside))
-        total.div_(self._expected_batch)
-        self._flat.show_gradients()
-        self._active.pull(self._proximal_mu)
-        self.optimizer.step()
-        self._active.hold()
-        return found
+        return total, float(inside), found
 
     def _chunks(self, batch: Examples, canaries: Tensor | None) -> Iterator[PerRecord]:
         """Yield the gradients of one micro-batch after another."""

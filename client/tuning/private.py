@@ -113,6 +113,8 @@ def fit_private(
     (docs/simulation.md). `physical_batch` bounds memory and changes no result. `progress` is told
     of every step and says where to go on from, with a `randomness` that no step before has read.
     """
+    if plan.together is not None:
+        raise PrivacyError("this plan's noise is added in a secure sum: train with fit_unnoised")
     require_planned(plan, config, len(examples), steps, step_offset)
     if generator is not None:
         randomness = Randomness.reproducible(generator)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from anabranch.client.models import Models
+from anabranch.client.privacy import epsilon_of
 from anabranch.client.site import Site
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.lora import read_adapter
@@ -23,6 +24,8 @@ from anabranch.storage import book
 from tests.runs import table_run, write_site, write_table
 
 WRITES = ("replace", "rename", "unlink", "fsync", "mkdir", "rmdir", "link", "chmod")
+DELTA = 1 / 400  # of 40 records
+MODELS = Models()  # frozen weights are the same in every process
 STAYS = ("feedback", "personal", "clipping", "runs")  # what a site keeps of its rounds
 FEEDBACK = """
 [uplink]
@@ -140,6 +143,23 @@ def ask(
     with living(life):
         site = Site(folder, models or Models(), watch=life.watch, save_every=0)
         return site.train(question.assignment, question.adapter)
+
+
+def killed(folder: Path, question: Question, at: int) -> bool:
+    """Ask a site that dies at its write number `at`; return whether it came so far."""
+    try:
+        ask(folder, question, Life(at=at), MODELS)
+    except Killed:
+        return True
+    return False
+
+
+def spent(folder: Path) -> tuple[int, int, float]:
+    """Return how often a site has reserved, how many of these are open, and ε of all."""
+    state = Site(folder, MODELS).ledger.state()
+    if state is None:
+        return 0, 0, 0.0
+    return len(state.reserved), len(state.open), epsilon_of(state.spends(), DELTA)
 
 
 def kept(folder: Path) -> dict[str, bytes]:

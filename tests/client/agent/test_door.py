@@ -10,12 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.agent import door as module
 from anabranch.client.agent.door import CutOff, Door, Refused, join_door, pinned, renew_if_needed
 from anabranch.protocols.errors import AnabranchError, MalformedMessage, ProtocolError, RunError
 from anabranch.protocols.identity import authority, join
 from anabranch.protocols.identity.authority import Authority
+from anabranch.protocols.identity.peer import public_hex, require_possessed
 from tests.client.agent.conftest import Doors
 from tests.client.agent.doors import (
     Coordinator,
@@ -249,6 +251,7 @@ def test_a_renewal_that_fails_leaves_the_old_certificate_and_the_connection(
     door: Coordinator, tmp_path: Path
 ) -> None:
     with call(door, tmp_path / "site") as site:
+        site.identity.peer_key()  # it is made when it is first asked for
         before = everything(tmp_path / "site")
         wrong = door.sign(authority.certificate_request(authority.new_key()).decode())
         answer = join.encode(join.Renewed(certificate=wrong))
@@ -268,7 +271,11 @@ def test_a_secret_is_only_sent_with_the_authority_of_its_invitation(door: Coordi
     other = authority.new_authority("heart", ["127.0.0.1"], datetime.now(UTC))
     invitation = door.invite()
     request = authority.certificate_request(authority.new_key())
+    peer = Ed25519PrivateKey.generate()
     with pytest.raises(ProtocolError, match="not the one that the invitation names"):
-        join_door(invitation, request, "1", other.certificate)
+        join_door(invitation, request, "1", other.certificate, peer)
     assert door.seen == []
-    assert join_door(invitation, request, "1", door.root.certificate).site == "cardiology"
+    assert join_door(invitation, request, "1", door.root.certificate, peer).site == "cardiology"
+    asked = join.decode(door.seen[-1].body, join.Join)
+    assert asked.peer is not None
+    assert require_possessed(asked.peer, request, invitation.authority) == public_hex(peer)

@@ -13,14 +13,15 @@ from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.run_pb2 import GetRunResponse, Run
 
-from anabranch.client.agent.agent import Agent
+from anabranch.client.agent.agent import NODE, OWN_TROUBLE, Agent
 from anabranch.client.agent.door import Door
 from anabranch.client.agent.identity import Identity
 from anabranch.client.agent.join import join_site
 from anabranch.client.agent.work import Doing
-from anabranch.client.fleet import Fleet, Refused
+from anabranch.client.fleet import Fleet, Refused, Unreachable
 from anabranch.client.policy.journal import LINES
 from anabranch.client.policy.rules import NotAllowed
+from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.identity.join import Report, decode, encode
 from tests.client.agent.doors import Coordinator
 
@@ -89,6 +90,41 @@ def test_what_a_message_says_of_itself_can_be_reported(about: dict[str, Any]) ->
     doing.set("preparing", **about)
 
     assert decode(encode(doing.report), Report) == doing.report
+
+
+def test_a_path_of_the_sites_machine_is_not_reported(site: Path) -> None:
+    agent = Agent(site)
+    agent.stop.set()  # nobody waits
+    errors = [
+        OSError(28, "No space left on device", str(site / "answers")),
+        ConfigError(f"{site}/site.toml: no data"),
+    ]
+
+    for error in errors:
+        agent._lost(error)
+        assert agent.doing.report.reason == OWN_TROUBLE
+        assert str(site) in agent._link  # the owner is told
+    agent._lost(Unreachable("coordinator example.org:8443 cannot be reached"))
+    assert agent.doing.report.reason == "coordinator example.org:8443 cannot be reached"
+
+
+@pytest.mark.parametrize("damage", [b"", b"no number", b"\xff\xfe"])
+def test_a_node_that_cannot_be_read_is_asked_for_anew(
+    site: Path, fleet: Fleet, damage: bytes
+) -> None:
+    asked: list[int] = []
+
+    def connect(node: int = 0) -> int:
+        asked.append(node)
+        return 7
+
+    fleet.connect = connect  # type: ignore[method-assign,assignment]
+    (site / NODE).write_bytes(damage)
+
+    Agent(site)._connect(fleet)
+
+    assert asked == [0]
+    assert (site / NODE).read_text() == "7"
 
 
 def test_what_was_learned_from_records_is_for_the_owner_alone(site: Path) -> None:

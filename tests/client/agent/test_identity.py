@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from anabranch.client.agent.identity import Identity, joined, remove_identity
 from anabranch.protocols.errors import ConfigError, ProtocolError
 from anabranch.protocols.identity import authority
 from anabranch.protocols.identity.authority import Authority
+from anabranch.protocols.identity.peer import public_hex
 from anabranch.storage.files import write_atomic
 from tests.client.agent.doors import everything, long_ago, make_identity, rewrite
 
@@ -33,6 +35,33 @@ def test_the_key_is_readable_by_its_owner_alone(tmp_path: Path, root: Authority)
     made = make_identity(tmp_path, root)
     assert stat.S_IMODE(made.key_file.stat().st_mode) == 0o600
     assert stat.S_IMODE(made.home.stat().st_mode) == 0o700
+
+
+def test_the_peer_key_is_made_once_and_readable_by_its_owner_alone(
+    tmp_path: Path, root: Authority
+) -> None:
+    made = make_identity(tmp_path, root)
+    key = public_hex(made.peer_key())
+    path = made.home / "peer.key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert public_hex(Identity(tmp_path).peer_key()) == key
+    assert key not in path.read_text()
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"mode 0640.*a private key is for its owner alone"):
+        made.peer_key()
+    path.chmod(0o600)
+    for wrong in ("", "00", "zz" * 32, "ü" * 32):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="expected an Ed25519 key, 64 hex digits"):
+            made.peer_key()
+        assert path.read_text() == wrong  # nothing is made in the place of what may be mended
+
+
+def test_of_many_that_ask_for_a_peer_key_all_get_one(tmp_path: Path, root: Authority) -> None:
+    made = make_identity(tmp_path, root)
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: public_hex(Identity(tmp_path).peer_key()), range(8)))
+    assert found == {public_hex(made.peer_key())}
 
 
 @pytest.fixture(scope="session")

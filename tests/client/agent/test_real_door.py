@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from anabranch.cli.main import run
@@ -15,6 +16,7 @@ from anabranch.client.agent.identity import Identity
 from anabranch.client.agent.preflight import preflight
 from anabranch.protocols.errors import AnabranchError
 from anabranch.protocols.identity.join import Report
+from anabranch.protocols.identity.peer import public_hex
 from anabranch.server.coordinator import enrolment
 from tests.server.coordinator.served import Served, served
 
@@ -41,10 +43,19 @@ def test_a_site_joins_reports_renews_and_leaves(
     assert entry is not None
     assert (entry.status, entry.node is not None) == ("active", True)
     identity = Identity(folder)
+    peer = public_hex(identity.peer_key())
+    assert entry.peer_key == peer
+    here.federation.state.set_site("cardiology", peer_key=None)  # as one that joined before
     old = identity.certificate()
     with Door(identity) as door:
-        door.report(Report(boot="ab" * 32, activity="idle", since=time.time(), ready=True))
-        assert renew_if_needed(identity, door, time.time(), asked=True)
+        report = Report(boot="ab" * 32, activity="idle", since=time.time(), ready=True)
+        assert not door.report(report).renew
+        heard = door.report(msgspec.structs.replace(report, version=here.federation.version))
+        assert heard.renew
+        assert renew_if_needed(identity, door, time.time(), asked=heard.renew)
+        after = here.federation.state.site("cardiology")
+        assert after is not None
+        assert after.peer_key == peer
         assert door.hello().federation == "heart"
     assert identity.certificate() != old
     assert here.federation.state.reports()["cardiology"].report.ready

@@ -1,0 +1,177 @@
+"""What a sum needs between two processes: a node of Flower starts one for each message.
+
+    <memory>/anabranch-<uid>/<place>   Left: one participant's part in the sum that is under way
+
+The secrets of a sum are never on a disk. So this lies in memory that the system shows as a folder
+(tmpfs), for its owner alone: a machine that is started anew has forgotten it, and the site is a
+dropout, as a long-lived process is that was killed. It is written before an answer leaves, so no
+stage is answered twice in two ways, and it goes with the last answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from anabranch.protocols.errors import ConfigError, RunError
+from anabranch.protocols.messages import Assignment
+from anabranch.protocols.secagg.member import Paused
+from anabranch.storage.files import locked, write_atomic
+
+MOUNTS = Path("/proc/self/mounts")
+SHARED = Path("/dev/shm")
+IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+STALE_S = 86_400.0  # after so long a sum is over, whatever became of it
+
+
+class Left(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A participant's part in a sum (secure.Participant), with its secrets."""
+
+    member: Paused
+    about: Assignment
+    rank: int
+    advertised: int
+    over: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Left({self.member!r})"
+
+
+class Between(Protocol):
+    """Where one process leaves its part in a sum, and the next one finds it."""
+
+    @property
+    def many(self) -> bool:
+        """Whether there is more than one process."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one that answers a stage, while the block lasts."""
+
+    def read(self) -> Left | None:
+        """Return what was left; None: there is no sum. Raises RunError if it cannot be read."""
+
+    def write(self, left: Left | None) -> None:
+        """Leave it, or None. Raises RunError if that cannot be done."""
+
+
+class OneProcess:
+    """Of a long-lived process: it has its sum in its own memory."""
+
+    many = False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Do nothing."""
+        yield
+
+    def read(self) -> Left | None:
+        """Return None."""
+        return None
+
+    def write(self, left: Left | None) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class InMemoryFile:
+    """Of a process per message."""
+
+    path: Path
+
+    many = True
+
+    @classmethod
+    def of(cls, place: str) -> InMemoryFile:
+        """Return the file of `place` (a site's folder, and a run). Raises ConfigError if none."""
+        return cls(own_folder(memory()) / hashlib.sha256(place.encode()).hexdigest())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one that answers a stage, while the block lasts."""
+        with locked(self.path):
+            yield
+
+    def read(self) -> Left | None:
+        """Return what was left; None: there is no sum. Raises RunError if it cannot be read."""
+        try:
+            return msgspec.json.decode(self.path.read_bytes(), type=Left)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunError(
+                f"the site's part in a secure sum cannot be read ({error.strerror}): it is lost to "
+                "this sum"
+            ) from None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise RunError(
+                "the site's part in a secure sum is damaged: it is lost to this sum"
+            ) from None
+
+    def write(self, left: Left | None) -> None:
+        """Leave it, or None. Raises RunError if that cannot be done."""
+        try:
+            if left is None:
+                self.path.unlink(missing_ok=True)
+            else:
+                write_atomic(self.path, msgspec.json.encode(left), 0o600)
+        except OSError as error:
+            raise RunError(
+                f"the site's part in a secure sum cannot be kept in memory ({error.strerror}): it "
+                "is lost to this sum"
+            ) from None
+
+
+def memory(mounts: Path = MOUNTS) -> Path:
+    """Return a folder of this machine that is memory. Raises ConfigError if there is none."""
+    wanted = [os.environ.get("XDG_RUNTIME_DIR", ""), str(SHARED)]
+    try:
+        kinds = {line.split()[1]: line.split()[2] for line in mounts.read_text().splitlines()}
+    except (OSError, IndexError):
+        kinds = {}
+    for name in filter(None, wanted):
+        folder = Path(name).resolve()
+        mount = next((str(p) for p in (folder, *folder.parents) if str(p) in kinds), "")
+        if kinds.get(mount) in IN_MEMORY and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ConfigError(
+        "secure sums keep their secrets in memory, and Flower starts a process for each message "
+        f"here: neither $XDG_RUNTIME_DIR nor {SHARED} is a folder in memory (tmpfs) that this user "
+        "may write to. Join with `anabranch site join`: `anabranch site serve` is one process"
+    )
+
+
+def own_folder(memory: Path) -> Path:
+    """Return this user's folder there, without what is stale. Raises ConfigError if it is not."""
+    folder = memory / f"anabranch-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise ConfigError(
+                f"{folder}: secrets of secure sums are kept there, and it is not a folder for this "
+                "user alone: remove it"
+            )
+        for file in folder.iterdir():
+            if _stale(file):
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}: secure sums need it") from None
+    return folder
+
+
+def _stale(file: Path) -> bool:
+    """Whether no sum needs a file any more. A lock has no secret, and may be held."""
+    try:
+        return file.suffix != ".lock" and time.time() - file.lstat().st_mtime > STALE_S
+    except FileNotFoundError:  # another node's process has put it in its place, or was done with it
+        return False
