@@ -6,7 +6,7 @@ down (`Rule.truncates`), a site of a low rank gets the rank indices of its part 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +21,10 @@ from anabranch.protocols.errors import AnabranchError, RunError
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Trained
 from anabranch.protocols.part import Part
+from anabranch.protocols.secagg.graph import quorum
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.aggregation.rule import Rule
-from anabranch.server.flower import Peer, Question, read_trained
+from anabranch.server.flower import Peer, Question, read_kept, read_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,15 @@ class Assigner:
     def question(self, number: int, spec: AdapterSpec) -> Question[Trained]:
         """Return the question "train your part", put to nobody yet."""
         parts: dict[str, Part] = {}
-        read = partial(
+        read: Callable[..., Any] = partial(
             read_trained,
             spec=spec,
             parts=parts,
             uplink=self.config.uplink,
             counts_steps=self.config.federation.normalize_steps,
         )
+        if self.config.secure_aggregation is not None:
+            read = partial(read_kept, private=self.config.privacy is not None)
         return Question("train", number, {}, read, parts=parts)
 
     def put(
@@ -56,12 +59,13 @@ class Assigner:
         Raises RunError, naming the site, if the rule has no part for a site's rank.
         """
         number, spec = question.round, adapter.spec
-        parts = {name: self._part(number, spec, peer) for name, peer in peers.items()}
+        most = self._most_ranks(spec, peers)
+        parts = {name: self._part(number, spec, peer, most) for name, peer in peers.items()}
         frames = {
             cut: wire.encode_part(adapter, cut) for cut in set(map(self._cut, parts.values()))
         }
         contents = {
-            part: pack_assignment(self._assignment(number, part), frames[self._cut(part)])
+            part: pack_assignment(self.assignment(number, part), frames[self._cut(part)])
             for part in set(parts.values())
         }
         question.peers.update(peers)
@@ -70,9 +74,26 @@ class Assigner:
 
     def evaluation(self, number: int, adapter: Adapter) -> RecordDict:
         """Return the message that asks for metrics of the whole adapter."""
-        return pack_assignment(self._assignment(number, WHOLE), wire.encode(adapter))
+        return pack_assignment(self.assignment(number, WHOLE), wire.encode(adapter))
 
-    def _part(self, number: int, spec: AdapterSpec, peer: Peer) -> Part:
+    def _most_ranks(self, spec: AdapterSpec, peers: Mapping[str, Peer]) -> int:
+        """Return how many ranks a site may train, so that enough others train each of them.
+
+        In a secure sum what few sites train would be seen: `minimum` must, though so many drop
+        out as may. Without one, all.
+        """
+        secure = self.config.secure_aggregation
+        limits = sorted(
+            (spec.rank if peer.max_rank is None else peer.max_rank for peer in peers.values()),
+            reverse=True,
+        )
+        if secure is None or not self.config.federation.mixed_ranks or not limits:
+            return spec.rank
+        may_drop = len(limits) - quorum(len(limits), secure.threshold)
+        return limits[min(len(limits), secure.minimum + may_drop) - 1]
+
+    def _part(self, number: int, spec: AdapterSpec, peer: Peer, most: int) -> Part:
+        secure = self.config.secure_aggregation is not None
         limit, kept = spec.rank if peer.max_rank is None else peer.max_rank, self.config.kept
         if limit < spec.rank and kept is not None and kept.factors != "none":
             raise RunError(
@@ -80,8 +101,9 @@ class Assigner:
                 f"keeps a factor of all {spec.rank} ranks: lower lora.rank to {limit}, or take "
                 'federation.method = "altqr"'
             )
+        name = "" if secure else peer.name  # in a sum all train the first of one order of ranks
         try:
-            return self.rule.part(spec, number, peer.name, limit)
+            return self.rule.part(spec, number, name, min(limit, most))
         except (AnabranchError, ValueError) as error:
             raise RunError(f"round {number}: no part for site {peer.name}: {error}") from None
 
@@ -89,7 +111,8 @@ class Assigner:
         """Return what of the adapter a site of this part is sent."""
         return Part(ranks=part.ranks) if self.rule.truncates else WHOLE
 
-    def _assignment(self, number: int, part: Part) -> Assignment:
+    def assignment(self, number: int, part: Part) -> Assignment:
+        """Return the assignment of a part in one round."""
         return Assignment(
             run=self.run, round=number, config=self.config, part=part, signed=self.signed
         )

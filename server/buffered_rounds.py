@@ -24,7 +24,7 @@ its reason. Given which deltas are ready, the merge is deterministic: by round, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from anabranch.server.assigning import Assigner
 from anabranch.server.desk import Waiting
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Question
+from anabranch.server.shortfall import below_quorum
 
 
 class Buffered:
@@ -52,7 +53,11 @@ class Buffered:
         self._connected = False
 
     def merge(
-        self, number: int, state: Any, adapter: Adapter
+        self,
+        number: int,
+        state: Any,
+        adapter: Adapter,
+        masking: Callable[[], None] = lambda: None,
     ) -> tuple[Any, Merged, Question[Trained]]:
         """Ask every idle site to train `adapter`, and merge the next K deltas into it.
 
@@ -103,7 +108,7 @@ class Buffered:
             self._count(told, name, source)
         self._settle(told)
         if len(chosen) < quorum:
-            raise RunError(exchange.below_quorum(told))
+            raise RunError(below_quorum(told, quorum))
         for name, source in chosen:
             yield source.deltas.pop(name), told.ages.get(name, 0)
         for source in [one for one in self._open if not self._unfinished(one)]:

@@ -81,6 +81,9 @@ def privacy_section(statement: PrivacyStatement) -> str:
             "### Every site",
             _table(SITE_HEAD, site_rows(statement)),
             _bullets(LEGEND),
+        ]
+    if group_rows(statement):
+        parts += [
             "### Several records of one patient",
             *filter(None, (group_note(statement),)),
             _table(GROUP_HEAD, group_rows(statement)),

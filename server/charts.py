@@ -16,12 +16,12 @@ from typing import Final
 from anabranch.server.svg import (
     PERCENT,
     SHADES,
-    STYLE,
     WIDTH,
     Markup,
     Scale,
     Unit,
     axis,
+    card,
     element,
     fit,
     image,
@@ -208,23 +208,12 @@ def comparison_svg(rows: Sequence[Comparison], *, title: str, subtitle: str = ""
     body, inner = _horizontal(names, bars, label=title, unit=PERCENT, strong=ours)
     says = f"{title}: " + ", ".join(f"{row.name} {percent(row.accuracy)}" for row in rows)
     top = 76.0 if subtitle else 54.0
-    width, height = WIDTH + 48, inner + top + 18
-    frame = {"x": 0.5, "y": 0.5, "width": width - 1, "height": height - 1, "rx": 8}
-    return element(
-        "svg",
-        element("title", text(says)),
-        element("style", Markup(STYLE)),
-        element("rect", class_="card", **frame),
-        write(24, 35, fit(title, width - 48, 16), "head"),
-        write(24, 56, fit(subtitle, width - 48), "sub"),
+    whole = [
+        write(24, 35, fit(title, WIDTH, 16), "head"),
+        write(24, 56, fit(subtitle, WIDTH), "sub"),
         element("g", *body, transform=f"translate(24 {number(top)})"),
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {number(width)} {number(height)}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label=says,
-    )
+    ]
+    return card(says, WIDTH + 48, inner + top + 18, whole)
 
 
 def _horizontal(

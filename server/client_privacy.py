@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from anabranch.client.privacy import Spend, epsilon_of, least_noise
+from anabranch.protocols import rdp
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.secagg.agreed_noise import noise_of, values_of
+from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import ClientPrivacy, Federation
 from anabranch.server.aggregation.private import ClientPlan as ClientPlan
 from anabranch.server.result import Result
@@ -65,8 +68,11 @@ def plan_for(privacy: ClientPrivacy, federation: Federation) -> ClientPlan:
 
 
 def plan_of(config: RunConfig) -> ClientPlan | None:
-    """Return the plan of a run, None without [client_privacy]; raises as plan_for does."""
-    if config.client_privacy is None:
+    """Return the plan of a run, None without [client_privacy]; raises as plan_for does.
+
+    None, too, with [secure_aggregation]: the members make the noise (secagg/agreed_noise.py).
+    """
+    if config.client_privacy is None or config.secure_aggregation is not None:
         return None
     return plan_for(config.client_privacy, config.federation)
 
@@ -89,6 +95,21 @@ def epsilon_after(plan: ClientPlan, rounds: int) -> float:
         noise_multiplier=plan.noise_multiplier, sample_rate=plan.sample_rate, steps=rounds
     )
     return epsilon_of([spend], plan.delta)
+
+
+def summed_noise(config: RunConfig, spec: AdapterSpec, rounds: int) -> dict[str, float] | None:
+    """Return what the first `rounds` rounds of noised secure sums cost a client, for the log.
+
+    None: the run's sums are not noised for clients.
+    """
+    noise = noise_of(config, values_of(spec))
+    if noise is None or noise.unit != "client":
+        return None
+    return {
+        "noise_multiplier": noise.noise_multiplier,
+        "clipping_norm": noise.bound,
+        "epsilon": rdp.epsilon_of([noise.spend(rounds)], noise.delta),
+    }
 
 
 class PoissonCohorts:

@@ -12,12 +12,31 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from anabranch.client.flower import DESCRIBE
+from anabranch.client.stages import STAGE_TYPES
 from anabranch.protocols.identity.join import Report
+from anabranch.protocols.secagg.messages import Stage
 from anabranch.server.flower import Question
 
-AskedKind = Literal["train", "evaluate", "describe"]
+AskedKind = Literal[
+    "train", "evaluate", "describe", "advertise", "share", "mask", "agree", "reveal"
+]
 AskedState = Literal["sent", "answered", "failed", "late"]
-KINDS: dict[str, AskedKind] = {"train": "train", "evaluate": "evaluate", DESCRIBE: "describe"}
+STAGES: dict[str, Stage] = {kind: stage for stage, kind in STAGE_TYPES.items()}
+KINDS: dict[str, AskedKind] = {
+    "train": "train",
+    "evaluate": "evaluate",
+    DESCRIBE: "describe",
+    **STAGES,
+}
+VERBS: dict[AskedKind, str] = {
+    "train": "sites train round {}",
+    "evaluate": "sites evaluate round {}",
+    "advertise": "sites show their keys of round {}",
+    "share": "sites share keys of round {}",
+    "mask": "sites send masked updates of round {}",
+    "agree": "sites agree on who is in the sum of round {}",
+    "reveal": "sites open the sum of round {}",
+}
 STEP_S = 1.0  # a wall clock that is set anew by more moves the times of what is waited for
 
 
@@ -95,9 +114,9 @@ class Waiting:
 
 def answers(question: Question[Any], since: float, then: str) -> Waiting:
     """Return the wait for the answers to a question."""
-    verb = "train" if question.kind == "train" else "evaluate"
+    why = VERBS[KINDS[question.kind]].format(question.round)
     return Waiting(
-        why=lambda: f"sites {verb} round {question.round}",
+        why=lambda: why,
         who=lambda: sorted(name for name in question.peers if not question.heard(name)),
         then=then,
         since=since,

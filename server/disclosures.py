@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anabranch.protocols.config import RunConfig
+from anabranch.protocols.tables import SecureAggregation
 
 Status = Literal["charged", "fixed in advance", "not covered", "not sent"]
 
@@ -23,15 +24,25 @@ OPEN: Status = "not covered"
 NOT_SENT: Status = "not sent"
 _ORDER = (OPEN, CHARGED, FIXED, NOT_SENT)
 
-LIMITS = (
+FLOATING = (
     "attacks on the low bits of floating-point noise: the key stream is cryptographically secure, "
-    "the Gaussian is computed and added in floating point",
+    "the Gaussian is computed and added in floating point"
+)
+SUMMED = (
+    "the rounding of a site's sum of clipped gradients, in floating point, beyond the one percent "
+    "of the bound that is kept for it; the noise itself is of whole numbers"
+)
+OTHER_SOFTWARE = "parties that run other software than they say: a site can break its own guarantee"
+OTHER_MEMBERS = (
+    "parties that run other software than they say: members that add no noise count as colluding, "
+    "and more of them than are assumed make the guarantee of all weaker; nobody can check it"
+)
+LIMITS = (
     "the records that the base model was trained on before this run",
     "the choice of this configuration, if it was searched on the same records",
     "what is kept at the sites: files in a site's folder are protected by the site alone",
     "audit.json, if somebody audits the run: its membership figures are computed from records "
     "without noise",
-    "parties that run other software than they say: a site can break its own guarantee",
 )
 
 
@@ -73,6 +84,14 @@ def clients_evaluate(config: RunConfig) -> bool:
     return asked and config.privacy is None and config.client_privacy is None
 
 
+def noised_by_members(config: RunConfig) -> bool:
+    """Return whether the members of secure sums make the privacy noise together."""
+    if config.secure_aggregation is None:
+        return False
+    distributed = config.privacy is not None and config.privacy.noise == "distributed"
+    return distributed or config.client_privacy is not None
+
+
 def _row(what: str, status: Status, why: str) -> Disclosure:
     return Disclosure(what=what, status=status, why=why)
 
@@ -86,8 +105,7 @@ def _before(config: RunConfig) -> list[Disclosure]:
         _row(
             "number of training and of held-out records of a site",
             OPEN,
-            "told before round 1, and the number of training records with every delta"
-            + _use_of_counts(config),
+            f"told before round 1{_told_again(config)}{_use_of_counts(config)}",
         ),
         _row("highest LoRA rank that a site trains", FIXED, "its machine's, in site.toml"),
     ]
@@ -97,8 +115,22 @@ def _before(config: RunConfig) -> list[Disclosure]:
     return rows
 
 
+def _told_again(config: RunConfig) -> str:
+    if config.secure_aggregation is None:
+        return ", and the number of training records with every delta"
+    if noised_by_members(config):
+        return ", and in no sum"
+    return ", and the number of training records again in the sums of a round's members"
+
+
 def _use_of_counts(config: RunConfig) -> str:
     client, examples = config.client_privacy, config.federation.weighting == "examples"
+    if config.secure_aggregation is not None:
+        return (
+            "; updates are weighted by it inside the sum, and all members are told the largest"
+            if examples
+            else "; all updates weigh the same"
+        )
     if client is None:
         return "; deltas are weighted by it" if examples else "; all deltas weigh the same"
     if client.max_examples is None:
@@ -122,11 +154,13 @@ def _class_weights(config: RunConfig) -> Disclosure:
 def _from_sites(config: RunConfig) -> list[Disclosure]:
     """What a site sends in a round, or when something goes wrong."""
     record = config.privacy is not None
+    secure = config.secure_aggregation is not None
     rows = [
         _row(
             "that a site takes part, when, for how long, and how often it fails",
             OPEN,
-            "visible to the coordinator and to whoever watches the network",
+            "visible to the coordinator and to whoever watches the network"
+            + ("; to the coordinator also, at which stage of a sum it is lost" if secure else ""),
         ),
         _row(
             "why a site refuses",
@@ -137,8 +171,12 @@ def _from_sites(config: RunConfig) -> list[Disclosure]:
     ]
     if record:
         rows += _of_records(config)
+    elif secure:
+        rows.append(_row("training loss of a site", NOT_SENT, "left out where updates are summed"))
     else:
         rows.append(_row("training loss of a site", OPEN, "with every delta, to the coordinator"))
+    if config.secure_aggregation is not None:
+        rows += _of_sums(config, config.secure_aggregation)
     rows.append(_client_metrics(config))
     if config.personal.rank or config.kept is not None:
         rows.append(_row("what a site keeps: its private adapter, head or factor", NOT_SENT,
@@ -154,6 +192,40 @@ def _from_sites(config: RunConfig) -> list[Disclosure]:
             )
         )  # fmt: skip
     return rows
+
+
+def _of_sums(config: RunConfig, secure: SecureAggregation) -> list[Disclosure]:
+    """What is seen instead of updates."""
+    noised, per = noised_by_members(config), "round" if secure.group is None else "group"
+    rows = [
+        _row(
+            "update of a single site",
+            NOT_SENT,
+            f"it leaves masked: what can be opened is one sum per {per} of at least "
+            f"{secure.minimum} updates, unless more members collude than is assumed",
+        ),
+        _row(
+            "sums of updates",
+            CHARGED,
+            "they are what the members' noise is made for" if noised else "sums of noised updates",
+        ),
+    ]
+    if noised:
+        why = "in a sum every member counts for one, whatever its records"
+        return [*rows, _row("records, weights and steps of a sum's members", NOT_SENT, why)]
+    return [
+        *rows,
+        _row(
+            "records, weights and steps of a sum's members, summed",
+            OPEN,
+            "opened with the sum, exact; no single member's",
+        ),
+        _row(
+            "that a value of an update is beyond secure_aggregation.range",
+            CHARGED,
+            "a function of noised values; the site is then lost at the stage of masks",
+        ),
+    ]
 
 
 def _of_records(config: RunConfig) -> list[Disclosure]:
@@ -206,6 +278,8 @@ def _client_metrics(config: RunConfig) -> Disclosure:
 def _published(config: RunConfig) -> list[Disclosure]:
     """What the coordinator computes and publishes."""
     noised = "a function of noised deltas" if config.privacy else "a function of noised models"
+    if noised_by_members(config):
+        noised = "a function of noised sums"
     rows = [
         _row("models of every round, and what is made of them: merged, ONNX, int8", CHARGED,
              f"{noised}; int8 uses no records (weights are rounded, ranges are taken in use)"),
@@ -218,13 +292,11 @@ def _published(config: RunConfig) -> list[Disclosure]:
     if config.federation.early_stopping is not None:
         rows.append(_row("number of rounds", OPEN, "the run stops early by those metrics"))
     if config.privacy is not None and config.client_privacy is None:
-        rows.append(
-            _row(
-                "norms of deltas and the error of aggregation",
-                CHARGED,
-                "in the coordinator's log and report; functions of noised deltas",
-            )
-        )
+        what, why = "norms of deltas and the error of aggregation", "noised deltas"
+        if config.secure_aggregation is not None:
+            what, why = "norm of what a round changed", "sums; those of single deltas are not seen"
+        in_log = f"in the coordinator's log and report; functions of {why}"
+        rows.append(_row(what, CHARGED, in_log))
         rows.append(_row("bytes sent", FIXED, "follow from shapes, codec and who took part"))
     return rows
 
@@ -240,19 +312,24 @@ def _of_clients(config: RunConfig) -> list[Disclosure]:
             CHARGED,
             "the share of norms within it is noised; the noise of both is what z states",
         )
+    drawn = (
+        "the guarantee counts on the draw being secret: cards and reports do not name clients; "
+        "whoever sees the draw is not covered"
+    )
+    logged = "record counts, participation, failures, norms and losses by client"
+    if config.secure_aggregation is not None:
+        drawn = (
+            "seen by the coordinator and by the members of a sum; the guarantee does not count on "
+            "it, and does not hide it. Cards and reports do not name clients"
+        )
+        logged = "record counts as told before round 1, participation and failures by client"
     return [
         size,
         _row("number of clients that may be drawn", FIXED, "in run.toml"),
-        _row(
-            "who is drawn in which round",
-            OPEN,
-            "the guarantee counts on the draw being secret: cards and reports do not name "
-            "clients; whoever sees the draw is not covered",
-        ),
+        _row("who is drawn in which round", OPEN, drawn),
         _row(
             "the coordinator's log, events.jsonl",
             OPEN,
-            "record counts, participation, failures, norms and losses by client; not for "
-            "publication: summary, report and card leave them out",
+            f"{logged}; not for publication: summary, report and card leave them out",
         ),
     ]

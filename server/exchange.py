@@ -26,14 +26,17 @@ from anabranch.protocols.adapter import Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import RunError
 from anabranch.protocols.identity.proposal import Signed
-from anabranch.server.desk import ALONE, AskedState, Board, Desk, Waiting
-from anabranch.server.flower import Failure, Letter, Peer, Question
+from anabranch.protocols.secagg.terms import Roster as PeerRoster
+from anabranch.server.desk import ALONE, STAGES, AskedState, Board, Desk, Waiting
+from anabranch.server.flower import Failure, Letter, Peer, Question, unfit_for_sums
 from anabranch.server.mailbox import Mailbox, ttl_of
 from anabranch.server.result import SiteRow
 from anabranch.server.roster import ROSTER, Roster
+from anabranch.server.shortfall import too_few
 
 NEW = SiteRow()
-MOST_LINES = 10  # of sites, in the text of an error
+UNSAID = ("num_examples", "steps", "loss")
+TOLD = {"train": "site_trained", "evaluate": "site_evaluated"}  # the event of an answer
 OFF = "its site is not, or no longer, on the coordinator's roster"
 
 
@@ -61,8 +64,11 @@ class Exchange:
         signed: Signed | None = None,
         desk: Desk = ALONE,
         retry_s: float = 5.0,
+        peers: PeerRoster | None = None,
     ) -> None:
+        """`peers` is the roster of secure sums that the run was proposed with; None: no such."""
         self.config, self.event, self.clock = config, event, clock
+        self.peers = peers
         self.connect_s = connect_s
         self.sites: dict[str, SiteRow] = {}
         self._sleep, self._poll_s, self._desk = sleep, poll_s, desk
@@ -70,11 +76,12 @@ class Exchange:
         self._mail = Mailbox(grid, deadline_s=deadline_s, run=run, desk=desk, clock=clock)
         self.roster = Roster(
             self._mail,
-            pack_describe(Describe(run=run, config=config, signed=signed)),
+            pack_describe(Describe(run=run, config=config, signed=signed, roster=peers)),
             names=desk.names,
             clock=clock,
             retry_s=retry_s,
             ttl_s=ttl_of(max(connect_s, deadline_s)),
+            unfit=self._unfit(),
         )
         self._open: list[Question[Any]] = []
         self._ordered = 0  # sites, when they were put in order
@@ -87,8 +94,8 @@ class Exchange:
         Raises RunError if there are fewer than the quorum after `connect_s`, or, while sites are
         there whose owner or hours are waited for, after the desk's `later_s`.
         """
-        federation = self.config.federation
-        need = federation.quorum
+        federation, secure = self.config.federation, self.config.secure_aggregation
+        least = need = max(federation.quorum, 0 if secure is None else secure.minimum)
         if number == 1:  # later, a site that is gone must not cost every round `connect_s`
             need = max(need, federation.cohort or 0)
         self.retry()
@@ -106,7 +113,7 @@ class Exchange:
         def enough_or_other() -> bool:
             return enough() or later() is not patient
 
-        then = f"round {number} begins with those that are there, if they are {federation.quorum}"
+        then = f"round {number} begins with those that are there, if they are {least}"
         waiting = Waiting(
             why=lambda: self._why_connecting(f"{need} sites for round {number}"),
             who=self.missing,
@@ -122,9 +129,10 @@ class Exchange:
         self.over()
         self.roster.give_up()
         peers = self.roster.available()
-        if len(peers) < federation.quorum:
+        if len(peers) < least:
             waited = self.connect_s if deadline <= started + self.connect_s else deadline - started
-            raise RunError(self.too_few(number, peers, waited))
+            problems = self.roster.problems()
+            raise RunError(too_few(number, least, peers, problems, waited))
         return peers
 
     def ask(self, question: Question[Any], contents: Mapping[str, RecordDict]) -> None:
@@ -132,7 +140,8 @@ class Exchange:
         if question not in self._open:
             self._open.append(question)
         letters, now = [], self.clock()
-        until = now + self.config.federation.deadline_s
+        limit = question.limit_s
+        until = now + (self.config.federation.deadline_s if limit is None else limit)
         sizes: dict[int, int] = {}
         for name, content in contents.items():
             size = sizes.get(id(content))
@@ -143,9 +152,10 @@ class Exchange:
             self.sites[name] = msgspec.structs.replace(
                 row, bytes_down=row.bytes_down + size, max_rank=peer.max_rank
             )
-            letters.append((Letter(question.kind, question.round, peer.node, name), content))
+            letter = Letter(question.kind, question.round, peer.node, name, question.attempt)
+            letters.append((letter, content))
             self._board.asked(name, question.kind, question.round, now, until)
-        self._mail.send(letters, until=until)
+        self._mail.send(letters, until=until, ttl_s=None if limit is None else ttl_of(limit))
 
     def retry(self) -> None:
         """Let nodes that were refused, and sites that were started anew, be asked again."""
@@ -172,7 +182,7 @@ class Exchange:
     def miss(self, question: Question[Any], site: str) -> None:
         """Its time is over: unless it has been heard, whatever the site still says is late."""
         if not question.heard(site):
-            limit = self.config.federation.deadline_s
+            limit = question.limit_s or self.config.federation.deadline_s
             failure = Failure("deadline", f"no answer within {limit:g} s")
             self._fail(question, site, failure, "late")
 
@@ -254,7 +264,10 @@ class Exchange:
         if delta is not None:
             question.deltas[site] = delta
             facts["norm"] = question.norms[site] = delta.norm()
-        self.event("site_trained" if question.kind == "train" else "site_evaluated", **facts)
+        elif question.kind == "train":  # kept for a secure sum: its numbers are not said, not 0
+            facts = {name: fact for name, fact in facts.items() if name not in UNSAID or fact}
+        if question.kind in TOLD:
+            self.event(TOLD[question.kind], **facts)
         self._board.state(site, "answered")
 
     def _fail(
@@ -267,14 +280,22 @@ class Exchange:
         question.failed[site] = failure
         self.count(site, failures=1)
         self._board.state(site, state, failure.message)
+        stage = STAGES.get(question.kind)
         self.event(
-            "site_failed",
+            "site_failed" if stage is None else "secure_dropout",
             site=site,
             round=question.round,
-            asked=question.kind,
+            **({"asked": question.kind} if stage is None else {"stage": stage}),
             reason=failure.reason,
             message=failure.message,
         )
+
+    def _unfit(self) -> Callable[[Peer], Failure | None]:
+        """Return what says of a site why it cannot take part in this run's secure sums."""
+        if self.config.secure_aggregation is None:
+            return lambda peer: None
+        listed = None if self.peers is None else self.peers.keys
+        return lambda peer: unfit_for_sums(peer, listed)
 
     def _meet(self, node: int, met: Peer | Failure) -> None:
         if isinstance(met, Failure):
@@ -313,37 +334,3 @@ class Exchange:
     def _later(self) -> list[str]:
         """Return the connected sites that may come once their owners or hours allow it."""
         return self.roster.waiting() + self.roster.closed()
-
-    # What errors say
-
-    def too_few(self, number: int, peers: Mapping[str, Peer], waited: float | None = None) -> str:
-        """Return what to say when too few sites are connected."""
-        waited = self.connect_s if waited is None else waited
-        return (
-            f"round {number}: {self.config.federation.quorum} sites are needed, after "
-            f"{waited:.6g} s there are {len(peers)}{_listed(peers)}; start the missing "
-            "clients, or lower federation.quorum" + _lines(self.roster.problems())
-        )
-
-    def below_quorum(self, question: Question[Any]) -> str:
-        """Return what to say of a round that has fewer deltas than its quorum."""
-        lines = [f"{name}: {f.reason}: {f.message}" for name, f in question.failed.items()]
-        return (
-            f"round {question.round}: {len(question.reports)} of {len(question.peers)} sites sent "
-            f"a delta that counts{_listed(question.reports)}, "
-            f"{self.config.federation.quorum} are needed" + _lines(lines)
-        )
-
-
-def _listed(names: Mapping[str, object]) -> str:
-    return f" ({', '.join(_first(sorted(names)))})" if names else ""
-
-
-def _lines(lines: list[str]) -> str:
-    return "".join(f"\n  {line}" for line in _first(sorted(lines)))
-
-
-def _first(lines: list[str]) -> list[str]:
-    """Return as many as one reads, and how many more there are."""
-    more = len(lines) - MOST_LINES
-    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more"]

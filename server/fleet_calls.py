@@ -118,20 +118,17 @@ class FleetCalls:
 
     def _pull_object(self, site: str, body: bytes) -> bytes | None:
         name = _read(PullObjectRequest, body).object_id
-        given = self._given.get(site, _NOBODYS).values()
-        return None if any(name in names for names in given) else self._unknown()
+        given = self._given.get(site, OrderedDict())
+        return None if any(name in names for names in given.values()) else self._unknown()
 
     def _confirm(self, site: str, body: bytes) -> bytes | None:
         name = _read(ConfirmMessageReceivedRequest, body).message_object_id
-        known = self._given.get(site, _NOBODYS).pop(name, None) is not None
+        known = self._given.get(site, OrderedDict()).pop(name, None) is not None
         return None if known else self._unknown()
 
     def _unknown(self) -> bytes | None:
         """Return the answer to a call for what was not given since the door was started."""
         return None if self.clock() < self._started + GRACE_S else NOTHING
-
-
-_NOBODYS: OrderedDict[str, frozenset[str]] = OrderedDict()  # stays empty
 
 
 def _read(kind: Callable[[], M], body: bytes) -> M:

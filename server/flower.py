@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import msgspec
 from flwr.app import RecordDict
 
 from anabranch.client.flower import unpack_described, unpack_evaluated, unpack_trained
+from anabranch.client.stages import unpack_kept
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import IncompatibleAdapter, MalformedMessage, ProtocolError
 from anabranch.protocols.identity.join import plain
@@ -18,7 +20,7 @@ from anabranch.protocols.part import Part
 from anabranch.protocols.spec import AdapterSpec, shown
 from anabranch.protocols.tables import Uplink
 
-R = TypeVar("R", Trained, Evaluated)
+R = TypeVar("R", bound=msgspec.Struct)
 
 MAX_TEXT = 10_000  # characters of a site's own words that are kept
 
@@ -46,6 +48,7 @@ class Peer:
     num_examples: int
     held_out: int
     max_rank: int | None = None  # highest LoRA rank it trains; None: no limit
+    peer_key: str | None = None  # Ed25519, hex: its key in secure sums; None: it takes part in none
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Letter:
     round: int
     node: int
     site: str  # "" while its name is not known
+    attempt: int = 0  # of a round's secure sum, from 1
 
 
 @dataclass(eq=False)
@@ -87,13 +91,15 @@ class Question(Generic[R]):
     parts: dict[str, Part] = field(default_factory=dict)  # what each was told to train
     ages: dict[str, int] = field(default_factory=dict)  # rounds that a delta was late, if any
     failed: dict[str, Failure] = field(default_factory=dict)
+    limit_s: float | None = None  # for an answer; None: federation.deadline_s
+    attempt: int = 0  # of a round's secure sum, from 1: what is late belongs to an earlier one
     bytes_up: int = 0
     bytes_down: int = 0
 
     def expects(self, letter: Letter) -> bool:
         """Whether an answer to this letter still counts."""
-        asked = (letter.kind, letter.round) == (self.kind, self.round)
-        return asked and not self.heard(letter.site)
+        of = (letter.kind, letter.round, letter.attempt)
+        return of == (self.kind, self.round, self.attempt) and not self.heard(letter.site)
 
     def heard(self, site: str) -> bool:
         """Whether a site has answered, one way or another."""
@@ -109,10 +115,57 @@ def read_described(answer: RecordDict | Failure, node: int) -> Peer | Failure:
     except ProtocolError as error:
         return Failure("rejected", str(error))
     if isinstance(described, Refused):
-        return _refusal(described)
+        return refusal(described)
     return Peer(
-        described.site, node, described.num_examples, described.held_out, described.max_rank
+        described.site,
+        node,
+        described.num_examples,
+        described.held_out,
+        described.max_rank,
+        described.peer_key,
     )
+
+
+def unfit_for_sums(peer: Peer, listed: Mapping[str, str] | None) -> Failure | None:
+    """Return why a site cannot be a member of a run's secure sums; None: it can.
+
+    `listed`: name -> key of the roster that the run was proposed with; None: there is no such.
+    """
+    if peer.peer_key is None:
+        text = (
+            "it has no peer key, and [secure_aggregation] sums the updates of sites that have "
+            "one: update anabranch there"
+        )
+        return Failure("protocol", text, peer.name)
+    if listed is not None and listed.get(peer.name) != peer.peer_key:
+        known = "with another peer key" if peer.name in listed else "without this site"
+        text = f"the run was proposed {known}: propose it again if the site is to take part"
+        return Failure("roster", text, peer.name)
+    return None
+
+
+def read_kept(
+    answer: RecordDict | Failure, peer: Peer, *, private: bool
+) -> tuple[Trained, None] | Failure:
+    """Return what a site says of the delta that it keeps for a secure sum, or why there is none.
+
+    What only the sum may show is not in it: a report with numbers of one site's records is
+    rejected. `private`: its steps are those of run.toml, and are said.
+    """
+    if isinstance(answer, Failure):
+        return answer
+    try:
+        trained = unpack_kept(answer)
+        if isinstance(trained, Refused):
+            return refusal(trained)
+        _require_name(trained.site, peer)
+        if trained.num_examples or trained.loss is not None or (trained.steps and not private):
+            raise MalformedMessage(
+                "kept for a secure sum: expected no numbers of the site's records beside it"
+            )
+    except ProtocolError as error:
+        return Failure("rejected", str(error))
+    return trained, None
 
 
 def read_trained(
@@ -136,7 +189,7 @@ def read_trained(
     try:
         got = unpack_trained(answer, spec, parts[peer.name], uplink)
         if isinstance(got, Refused):
-            return _refusal(got)
+            return refusal(got)
         trained, delta = got
         _require_name(trained.site, peer)
         _require_count(trained.num_examples, peer.num_examples, "training")
@@ -158,7 +211,7 @@ def read_evaluated(answer: RecordDict | Failure, peer: Peer) -> tuple[Evaluated,
     try:
         got = unpack_evaluated(answer)
         if isinstance(got, Refused):
-            return _refusal(got)
+            return refusal(got)
         _require_name(got.site, peer)
         _require_count(got.num_examples, peer.held_out, "held-out")
         for name, value in got.metrics.items():
@@ -169,7 +222,8 @@ def read_evaluated(answer: RecordDict | Failure, peer: Peer) -> tuple[Evaluated,
     return got, None
 
 
-def _refusal(refused: Refused) -> Failure:
+def refusal(refused: Refused) -> Failure:
+    """Return what a site said when it refused."""
     return Failure(refused.reason, plain(refused.message, MAX_TEXT), plain(refused.site, 64))
 
 

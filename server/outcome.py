@@ -15,6 +15,7 @@ from anabranch.client.models import MODELS
 from anabranch.client.tuning.metrics import confusion, evaluate
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError, ReleaseError
+from anabranch.protocols.secagg.agreed_noise import noise_of, values_of
 from anabranch.server.aggregation.private import ClientPlan
 from anabranch.server.charts import Comparison
 from anabranch.server.client_privacy import plan_of
@@ -31,8 +32,9 @@ from anabranch.server.series import (
     site_bars,
 )
 from anabranch.server.statement import LISTED, PrivacyStatement, RunFacts, SitePrivacy, state
-from anabranch.server.statement_text import as_json
+from anabranch.server.statement_json import as_json
 from anabranch.server.store import RunFolder
+from anabranch.server.sums_log import sums_of
 from anabranch.server.svg import Markup
 
 PACKAGES = (
@@ -119,6 +121,7 @@ def facts_of(finished: Finished) -> RunFacts:
         sites=tuple(names),
         privacy=tuple(one for one in privacy if one is not None),
         client=finished.client_plan or plan_of(config),
+        noise=noise_of(config, values_of(result.best_adapter.spec)),
         simulated=bool(finished.label_counts),
         versions=versions(),
     )
@@ -259,6 +262,7 @@ def report(
             aggregation_error={} if hidden else error_curves(histories),
             aggregation=aggregation_of(config),
             label_counts={} if unnamed else finished.label_counts,
+            sums=() if hidden else sums_of(finished.folder.path / "events.jsonl"),
             failures=None
             if unnamed
             else tuple(

@@ -15,6 +15,10 @@ memory, tensors that a method keeps at the site (fedsa, a local head) with the p
 and the privacy ledger, in which a round that is trained twice counts twice, so that a later one
 may be refused.
 
+An update is given to one secure sum: a Progress says so before the first site is asked for a masked
+vector. Whoever goes on from one whose `masked` is above its `round` has lost that round, and begins
+the next one with the adapter unchanged: another sum of the same updates would show a difference.
+
 A Progress holds values only, no connection, file, clock or key. Once handed out it does not change.
 """
 
@@ -34,7 +38,8 @@ class Progress:
 
     run: str  # identity of the run
     config: str  # digest of its configuration
-    round: int = 0  # the last one that was merged; 0: none
+    round: int = 0  # the last one that was merged (or lost); 0: none
+    masked: int = 0  # the last one whose masked vectors were about to be asked for; 0: none
     adapter: Adapter  # after that round
     state: Any  # the rule's: server moments, residuals, noisy rounds made; a value
     history: tuple[RoundReport, ...] = ()  # one per merged round

@@ -16,23 +16,10 @@ from typing import Final
 from anabranch.server import figures
 from anabranch.server.charts import Comparison
 from anabranch.server.figures import Curves
-from anabranch.server.page import ABSENT, bullets, paragraph, table
+from anabranch.server.page import ABSENT, paragraph, table
+from anabranch.server.report_parts import privacy_statement, secure_sums
 from anabranch.server.statement import PrivacyStatement
-from anabranch.server.statement_text import (
-    APART,
-    DISCLOSURE_HEAD,
-    GROUP_HEAD,
-    LEGEND,
-    SITE_HEAD,
-    client_paragraphs,
-    disclosure_rows,
-    group_note,
-    group_rows,
-    limits,
-    paragraphs,
-    record_paragraphs,
-    site_rows,
-)
+from anabranch.server.sums_log import SumEvent
 from anabranch.server.svg import (
     EPSILON,
     LOSS,
@@ -97,6 +84,7 @@ class ReportData:
     site_accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # series -> site
     labels: Sequence[str] = ()  # order = index
     label_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)  # site -> per label
+    sums: Sequence[SumEvent] = ()  # every attempt to make a secure sum, in order
     failures: Sequence[Failure] | None = None  # None: not known; (): there were none
     privacy: PrivacyStatement | None = None  # None: nothing is said; not "no privacy"
     epsilon: Curves = field(default_factory=dict)  # site -> round -> spent so far, cumulative
@@ -172,6 +160,8 @@ def _epsilons(data: ReportData) -> list[tuple[str, str]]:
     if stated is not None and (plan := stated.client) is not None:
         what = f"a client with all its records; {plan.population} clients"
         shown.append((f"ε = {EPSILON.value(plan.epsilon)}", what))
+    if stated is not None and (sums := stated.of_clients) is not None:
+        shown.append((f"ε = {EPSILON.value(sums.noise.epsilon)}", "the updates of a client"))
     return shown
 
 
@@ -194,6 +184,7 @@ def _rounds(data: ReportData) -> list[Markup]:
             unit=ERROR,
             y_title="relative error",
         ),
+        *secure_sums(data.sums),
     ]
 
 
@@ -212,52 +203,12 @@ def _sites(data: ReportData) -> list[Markup]:
 
 
 def _privacy(data: ReportData) -> list[Markup]:
-    parts = [] if data.privacy is None else _statement(data.privacy)
+    parts = [] if data.privacy is None else privacy_statement(data.privacy)
     target = None if data.epsilon_target is None else ("target", data.epsilon_target)
     says = "Cumulative: after each round, all steps so far composed."
     return parts + figures.curves(
         "ε spent per site", says, data.epsilon, unit=EPSILON, y_title="ε", limit=target, zero=True
     )
-
-
-def _statement(statement: PrivacyStatement) -> list[Markup]:
-    """Return both guarantees apart, each with its tables, then all other releases."""
-    if not statement.disclosures:
-        return [_quote(paragraphs(statement))]
-    both = [] if not (statement.record and statement.client) else [paragraph(APART)]
-    parts = [
-        *both,
-        element("h3", text("Record level")),
-        _quote(record_paragraphs(statement.record)),
-    ]
-    if rows := site_rows(statement):
-        several = (
-            f"Several records of one patient at a site, this run alone. {group_note(statement)}"
-        )
-        parts += [
-            table(SITE_HEAD, rows, kinds="tnnnnnntm", caption="Every site"),
-            bullets(LEGEND),
-            table(
-                GROUP_HEAD,
-                group_rows(statement),
-                kinds="t" + "n" * (len(GROUP_HEAD) - 1),
-                caption=several.strip(),
-            ),
-        ]
-    others = [[w, s.replace(" ", "\u00a0"), y] for w, s, y in disclosure_rows(statement)]
-    return [
-        *parts,
-        element("h3", text("Client level")),
-        _quote(client_paragraphs(statement)),
-        element("h3", text("Everything else that leaves or is published")),
-        table(DISCLOSURE_HEAD, others, kinds="ttt"),
-        element("h3", text("Not covered by any guarantee")),
-        bullets(limits(statement)),
-    ]
-
-
-def _quote(lines: Sequence[str]) -> Markup:
-    return element("blockquote", text("\n\n".join(lines)))
 
 
 def _traffic(data: ReportData) -> list[Markup]:

@@ -46,7 +46,7 @@ class SiteRow(msgspec.Struct, frozen=True, kw_only=True):
     late: int = 0  # answers that came after their deadline; dropped
     stale: int = 0  # deltas that counted in a later round than they were asked for
     max_rank: int | None = None  # highest LoRA rank it trains; None: no limit
-    num_examples: int = 0
+    num_examples: int | None = 0  # None: not said, its updates went into secure sums
     bytes_up: int = 0  # frames and messages, without Flower's own overhead
     bytes_down: int = 0
     seconds: float = 0.0  # of local training
@@ -69,7 +69,7 @@ class SiteRow(msgspec.Struct, frozen=True, kw_only=True):
             self,
             rounds=self.rounds + 1,
             seconds=self.seconds + trained.seconds,
-            num_examples=trained.num_examples,
+            num_examples=trained.num_examples or None,  # 0 is no number of records
             epsilon=trained.epsilon,
             delta=trained.delta,
             noise_multiplier=trained.noise_multiplier,

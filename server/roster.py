@@ -54,8 +54,10 @@ class Roster:
         clock: Callable[[], float] = time.monotonic,
         retry_s: float = 5.0,
         ttl_s: float | None = None,
+        unfit: Callable[[Peer], Failure | None] = lambda peer: None,
     ) -> None:
-        self._mail = mailbox
+        """`unfit` says of a site that could take part why it cannot."""
+        self._mail, self._unfit = mailbox, unfit
         self._describe, self._ttl_s = describe, ttl_s
         self._name_of, self._clock, self._retry_s = names, clock, retry_s
         self._retried = clock()  # when those that may pass were asked again
@@ -159,7 +161,13 @@ class Roster:
         return described
 
     def _checked(self, node: int, described: Peer | Failure) -> Peer | Failure:
-        """Return what a node says of itself, if it is the roster's site."""
+        """Return what a node says of itself, if it is the roster's site, and fit for the run."""
+        named = self._named(node, described)
+        if isinstance(named, Failure):
+            return named
+        return self._unfit(named) or named
+
+    def _named(self, node: int, described: Peer | Failure) -> Peer | Failure:
         if self._name_of is None:
             return described
         name = self._name_of(node)

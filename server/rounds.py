@@ -33,17 +33,23 @@ from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, IncompatibleAdapter, RunError
 from anabranch.protocols.identity.proposal import Signed
-from anabranch.protocols.messages import Evaluated
+from anabranch.protocols.secagg.terms import Roster
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.aggregation.private import ClientPrivate, require_planned
 from anabranch.server.aggregation.rule import Rule
+from anabranch.server.asking import meet, metrics
 from anabranch.server.assigning import Assigner
 from anabranch.server.buffered_rounds import Buffered
 from anabranch.server.change import update_norm
-from anabranch.server.client_privacy import PoissonCohorts, epsilon_after, plan_of, published
-from anabranch.server.desk import ALONE, Desk, Waiting, answers
+from anabranch.server.client_privacy import (
+    PoissonCohorts,
+    epsilon_after,
+    plan_of,
+    published,
+    summed_noise,
+)
+from anabranch.server.desk import ALONE, Desk
 from anabranch.server.exchange import Events, Exchange
-from anabranch.server.flower import Peer, Question, read_evaluated
 from anabranch.server.progress import Progress
 from anabranch.server.result import Result, RoundReport, SiteRow, mean_metrics
 from anabranch.server.synchronous import Synchronous
@@ -54,7 +60,8 @@ class RoundEngine:
 
     `progress` is handed what has been done after every merge, and again after its evaluation
     (server/progress.py); `run` goes on from there in another process. `signed` goes with every
-    message; `desk` is what the coordinator knows of its sites beside (server/desk.py).
+    message; `desk` is what the coordinator knows of its sites beside (server/desk.py); `peers` is
+    the roster that a run with [secure_aggregation] was proposed with.
 
     With [client_privacy], `randomness` draws cohorts and noise: leave it out but for tests, and
     a new key comes from the operating system. Raises ConfigError for tables that need what is
@@ -80,6 +87,7 @@ class RoundEngine:
         signed: Signed | None = None,
         desk: Desk = ALONE,
         retry_s: float = 5.0,
+        peers: Roster | None = None,
     ) -> None:
         federation = config.federation
         # A private run releases no metrics of its records, so its clients are not asked.
@@ -116,6 +124,7 @@ class RoundEngine:
             signed=signed,
             desk=desk,
             retry_s=retry_s,
+            peers=peers,
         )
         self._assigner = Assigner(rule=self._rule, config=config, run=run, signed=signed)
         self._sites: Synchronous | Buffered = (
@@ -153,6 +162,8 @@ class RoundEngine:
                 break
             now = replace(self._merge(now), seconds=elapsed())
             self._progress(now)
+        if not now.history:
+            raise RunError("no round was merged: the only one was lost; propose the run again")
         if self._plan is not None:
             require_planned(self._plan, now.state.made, len(now.history))
         self._event("run_finished", rounds=len(now.history), best_round=now.best_round)
@@ -167,7 +178,7 @@ class RoundEngine:
             bytes_down=sum(row.bytes_down for row in rows.values()),
             seconds=elapsed(),
         )
-        return result if self._plan is None else published(result)
+        return result if self._config.client_privacy is None else published(result)
 
     def _first(self, adapter: Adapter, state: Any) -> Progress:
         """Return a run of which nothing has been done yet."""
@@ -195,27 +206,15 @@ class RoundEngine:
         if isinstance(self._sites, Synchronous):
             self._sites.latencies.times.update(progress.latencies)
         self._event("restarted", round=progress.round, evaluated=progress.evaluated)
+        if (
+            progress.masked > progress.round
+        ):  # its updates were given away, and nobody knows the sum
+            self._event("round_lost", round=progress.masked)
+            progress = replace(progress, round=progress.masked)
+            self._progress(progress)
         if not progress.evaluated and self._asks_clients:
-            self._meet()
+            meet(self._exchange)
         return progress
-
-    def _meet(self) -> None:
-        """Learn who is connected: a new process asks sites to evaluate before any has trained."""
-        exchange, started = self._exchange, self._clock()
-        deadline = started + exchange.connect_s
-
-        def settled() -> bool:
-            exchange.invite(deadline)
-            return exchange.roster.settled()
-
-        waiting = Waiting(
-            why=lambda: "sites say who they are, after a restart",
-            who=exchange.missing,
-            then="those that are there evaluate",
-            since=started,
-        )
-        exchange.until(settled, deadline, waiting)
-        exchange.over()
 
     def _over(self, now: Progress) -> bool:
         """Whether no round is left, or patience is at its end."""
@@ -231,7 +230,9 @@ class RoundEngine:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # Adapter refuses what is not finite
                 sent = rule.open(now.state, now.adapter, number)
-                state, merged, training = self._sites.merge(number, now.state, sent)
+                state, merged, training = self._sites.merge(
+                    number, now.state, sent, lambda: self._progress(replace(now, masked=number))
+                )
         except (IncompatibleAdapter, np.linalg.LinAlgError) as reason:
             raise RunError(
                 f"round {number}: what the sites sent cannot be merged: {reason}. The norm of each "
@@ -240,6 +241,9 @@ class RoundEngine:
             ) from reason
         if self._plan is not None:
             self._noised(number, state)
+        summed = summed_noise(self._config, sent.spec, number)
+        if summed is not None:
+            self._event("client_noise", round=number, noisy_rounds=number, **summed)
         error = merged.error if merged.error is None or math.isfinite(merged.error) else None
         report = RoundReport(
             round=number,
@@ -292,7 +296,8 @@ class RoundEngine:
         )
         federation = self._config.federation
         due = number % federation.evaluate_every == 0 or number == federation.rounds
-        testing = self._evaluate(number, now.adapter, due)
+        asked = due and self._asks_clients
+        testing = metrics(self._exchange, self._assigner, number, now.adapter, due=asked)
         own = dict(self._own_metrics(now.adapter)) if due and self._own_metrics else {}
         report = replace(
             report,
@@ -329,21 +334,3 @@ class RoundEngine:
             share_within=state.share,
             epsilon=epsilon_after(self._plan, number),
         )
-
-    def _evaluate(self, number: int, adapter: Adapter, due: bool) -> Question[Evaluated]:
-        """Return the metrics of every site that is free and has held-out records, if due."""
-        exchange, peers = self._exchange, dict[str, Peer]()
-        if due and self._asks_clients:
-            peers = {name: p for name, p in exchange.roster.available().items() if p.held_out}
-        question: Question[Evaluated] = Question("evaluate", number, peers, read_evaluated)
-        if peers:
-            content = self._assigner.evaluation(number, adapter)
-            exchange.ask(question, dict.fromkeys(peers, content))
-            started = self._clock()
-            waiting = answers(question, started, "the run goes on with the metrics that are here")
-            deadline = started + self._config.federation.deadline_s
-            exchange.until(lambda: all(map(question.heard, peers)), deadline, waiting)
-        for name in peers:
-            exchange.miss(question, name)
-        exchange.close(question)
-        return question

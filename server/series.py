@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.tables import Federation
+from anabranch.protocols.tables import Federation, SecureAggregation
 from anabranch.server.result import Result, RoundReport
 
 Histories = Mapping[str, Sequence[RoundReport]]  # series -> its rounds
@@ -18,25 +18,29 @@ def aggregation_of(config: RunConfig) -> dict[str, str]:
     federation, uplink = config.federation, config.uplink
     feedback = ", error feedback" if uplink.error_feedback else ""
     share = f", {uplink.keep:g} of the values" if uplink.codec == "top-k" else ""
+    secure = config.secure_aggregation
+    codec = f"{uplink.codec}{share}{feedback}" if secure is None else "whole numbers, masked"
+    summed = {} if secure is None else {"secure sums": _summed(secure)}
     return {
         "method": config.method,
         "merged": _merged(federation),
         "weights": _weights(config),
         "robust rule": "none" if config.robust is None else config.robust.rule,
         "server optimiser": "none" if config.server is None else config.server.optimizer,
-        "codec": f"{uplink.codec}{share}{feedback}",
+        "codec": codec,
         "kept at the sites": _kept(config),
-    }
+    } | summed
 
 
 def population_of(result: Result) -> dict[str, Any]:
     """Return what summary.json says of clients that are too many to be named: sums and maxima."""
     rows = result.sites.values()
     known = [row.epsilon for row in rows if row.epsilon is not None]
+    counts = [row.num_examples for row in rows]
     return {
         "clients": len(rows),  # that were asked or heard
         "trained": sum(row.rounds > 0 for row in rows),
-        "num_examples": sum(row.num_examples for row in rows),
+        "num_examples": None if None in counts else sum(n for n in counts if n is not None),
         "deltas": sum(row.rounds for row in rows),
         "failures": sum(row.failures for row in rows),
         "late": sum(row.late for row in rows),
@@ -107,6 +111,11 @@ def _merged(federation: Federation) -> str:
             + tiers
         )
     return "every round's cohort" + tiers
+
+
+def _summed(secure: SecureAggregation) -> str:
+    said = f"at least {secure.minimum} updates, more than {secure.threshold:.4g} of the members"
+    return said if secure.group is None else f"{said}; groups of {secure.group} or more"
 
 
 def _weights(config: RunConfig) -> str:

@@ -31,9 +31,13 @@ from scipy.stats import binom
 from anabranch.client.privacy import LARGEST_EPSILON, Spend, epsilon_of
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.secagg.noise import DistributedNoise
+from anabranch.protocols.spend import Unit
 from anabranch.protocols.tables import Clipping
 from anabranch.server.aggregation.private import ClientPlan
-from anabranch.server.disclosures import Disclosure, disclosures
+from anabranch.server.disclosures import Disclosure, disclosures, noised_by_members
+from anabranch.server.statement_sums import Sums
+from anabranch.server.statement_together import Together
 
 GROUPS = (2, 5)  # records of one person whose cost is stated
 LISTED = 50  # sites that are named; of a larger simulated population those that spent most
@@ -69,6 +73,7 @@ class RunFacts:
     sites: tuple[str, ...]  # that sent at least one delta which counted
     privacy: tuple[SitePrivacy, ...] = ()  # one per site in a private run
     client: ClientPlan | None = None  # of a run with [client_privacy]
+    noise: DistributedNoise | None = None  # that the members of secure sums made together
     simulated: bool = False  # the coordinator had the sites' records: a simulation
     versions: Mapping[str, str] = field(default_factory=dict)  # package -> version
 
@@ -117,6 +122,34 @@ class PrivacyStatement:
     client: ClientPlan | None
     client_target: float | None  # ε that the run may cost a client
     disclosures: tuple[Disclosure, ...]
+    rounds: int = 0
+    together: Together | None = None  # noise of secure sums: of the level that its unit says
+    sums: Sums | None = None  # what the coordinator saw instead of updates
+
+    @property
+    def private(self) -> bool:
+        """Return whether there is any guarantee."""
+        return not (self.record is None and self.client is None and self.together is None)
+
+    @property
+    def of_records(self) -> Together | None:
+        """Return the noise of secure sums that protects records."""
+        return self._of("record")
+
+    @property
+    def of_clients(self) -> Together | None:
+        """Return the noise of secure sums that protects clients."""
+        return self._of("client")
+
+    @property
+    def both(self) -> bool:
+        """Return whether there is a guarantee at both levels."""
+        of_clients = self.client is not None or self.of_clients is not None
+        return self.record is not None and of_clients
+
+    def _of(self, unit: Unit) -> Together | None:
+        together = self.together
+        return together if together is not None and together.noise.unit == unit else None
 
 
 def state(config: RunConfig, facts: RunFacts) -> PrivacyStatement:
@@ -125,12 +158,14 @@ def state(config: RunConfig, facts: RunFacts) -> PrivacyStatement:
     Raises PrivacyError, and so nothing is released, if the run was to be private and a number
     that its statement needs is missing, impossible, or below what the run must have cost.
     """
-    if config.client_privacy is not None and facts.client is None:
+    together = _together(config, facts)
+    by_members = together is not None and config.client_privacy is not None
+    if config.client_privacy is not None and facts.client is None and not by_members:
         raise PrivacyError(
             "the run has [client_privacy], but there is no plan of its noise, so its client-level "
             "epsilon cannot be stated; nothing is released"
         )
-    client = facts.client if config.client_privacy is not None else None
+    client = facts.client if config.client_privacy is not None and not by_members else None
     if client is not None and not (0 < client.epsilon < math.inf and 0 < client.delta < 1):
         raise PrivacyError(
             f"the client-level plan has (epsilon, delta) = ({client.epsilon}, {client.delta}): "
@@ -141,7 +176,24 @@ def state(config: RunConfig, facts: RunFacts) -> PrivacyStatement:
         client=client,
         client_target=None if config.client_privacy is None else config.client_privacy.epsilon,
         disclosures=disclosures(config, simulated=facts.simulated),
+        rounds=facts.rounds,
+        together=together,
+        sums=Sums.of(config, simulated=facts.simulated),
     )
+
+
+def _together(config: RunConfig, facts: RunFacts) -> Together | None:
+    """Return the noise that members of secure sums made together; None: there was to be none."""
+    secure = config.secure_aggregation
+    if secure is None or not noised_by_members(config):
+        return None
+    noise = facts.noise
+    if noise is None or (facts.rounds > noise.rounds):
+        raise PrivacyError(
+            "the run's secure sums were to be noised by their members, and there is no plan of it "
+            f"for its {facts.rounds} rounds; nothing is released"
+        )
+    return Together.of(noise, secure)
 
 
 def _record_level(config: RunConfig, facts: RunFacts) -> RecordLevel | None:
@@ -168,21 +220,24 @@ def _record_level(config: RunConfig, facts: RunFacts) -> RecordLevel | None:
             "released"
         )
     spent = [known[name] for name in sorted(known)]
-    costs = {one.site: _cost(one) for one in spent}
+    noise = facts.noise if privacy.noise == "distributed" else None
+    costs = {one.site: _cost(one, noise) for one in spent}
     dearest = sorted(costs, key=lambda site: (-costs[site], site))[:GROUP_SITES]
     return guaranteed(
         sites=tuple(
             SiteGuarantee(
                 spent=one,
                 epsilon_run=costs[one.site],
-                groups=_groups(one, costs[one.site]) if one.site in dearest else {},
+                groups=(
+                    _groups(one, costs[one.site]) if one.site in dearest and noise is None else {}
+                ),
             )
             for one in spent
         )
     )
 
 
-def _cost(one: SitePrivacy) -> float:
+def _cost(one: SitePrivacy, noise: DistributedNoise | None = None) -> float:
     """Return ε of this run's steps; raise PrivacyError for numbers that cannot be true."""
     what = f"release: site {one.site!r} states"
     if not (0 < one.delta < 1 and 0 <= one.epsilon < math.inf):
@@ -192,7 +247,10 @@ def _cost(one: SitePrivacy) -> float:
         )
     try:
         spend = Spend(
-            noise_multiplier=one.noise_multiplier, sample_rate=one.sample_rate, steps=one.steps
+            noise_multiplier=one.noise_multiplier,
+            sample_rate=one.sample_rate,
+            steps=one.steps,
+            skellam=None if noise is None else noise.sensitivities,
         )
     except ValueError as error:
         raise PrivacyError(

@@ -1,4 +1,4 @@
-"""A privacy statement in words, as rows of tables, and as JSON: the same for card, page, summary.
+"""A privacy statement in words and as rows of tables: the same for card, page and summary.
 
 Written for whoever signs it: a number comes with its unit and what it means, and a guarantee
 with whom it protects against whom.
@@ -6,11 +6,16 @@ with whom it protects against whom.
 
 from __future__ import annotations
 
-from decimal import ROUND_CEILING, Context, Decimal
-from typing import Any
-
+from anabranch.server import statement_sums
+from anabranch.server import statement_together as words
 from anabranch.server.aggregation.private import ClientPlan
-from anabranch.server.disclosures import LIMITS
+from anabranch.server.disclosures import (
+    FLOATING,
+    LIMITS,
+    OTHER_MEMBERS,
+    OTHER_SOFTWARE,
+    SUMMED,
+)
 from anabranch.server.statement import (
     GROUPS,
     PrivacyStatement,
@@ -19,6 +24,8 @@ from anabranch.server.statement import (
     SitePrivacy,
     guess,
 )
+from anabranch.server.statement_numbers import LEGEND as LEGEND
+from anabranch.server.statement_numbers import percent, small, upper
 
 NONE = (
     "There is no differential privacy: this model was trained on the records as they are. It may "
@@ -27,6 +34,10 @@ NONE = (
 NO_RECORD_LEVEL = (
     "Record level: none. Sites sent what they learned without noise, and the coordinator saw each "
     "update as it is."
+)
+NO_RECORD_LEVEL_IN_SUMS = (
+    "Record level: none. Sites trained without noise for single records; the coordinator saw sums "
+    "of updates, and no update."
 )
 NO_CLIENT_LEVEL = (
     "Client level: none. That a site took part, and what its records have in common, is not hidden."
@@ -38,18 +49,6 @@ APART = (
 SITE_HEAD = ("site", "ε, all runs", "ε, this run", "δ", "σ", "q", "steps", "engine", "ledger head")
 GROUP_HEAD = ("site", *(f"{size} records" for size in GROUPS))
 DISCLOSURE_HEAD = ("what", "status", "why")
-LEGEND = (
-    "ε (epsilon): bound on the privacy loss; smaller is more private",
-    "δ (delta): chance with which the bound on ε may fail",
-    "σ: standard deviation of the noise, over the clipping norm C",
-    "q: chance that a record is in the batch of one step",
-    "steps: noisy gradient steps of this run whose result counted",
-    "ε, all runs: the most that any of these records has spent over all runs, as the site's ledger "
-    "says; ε, this run: computed by the coordinator from σ, q and steps",
-    "engine: which code computed the gradients; ledger head: the last hash of the site's "
-    "hash-chained ledger, in full in summary.json, by which the site can show that its ledger was "
-    "not changed since",
-)
 ABSENT = "\u2013"  # as on the page
 SHOWN_HEX = 16
 LARGEST_DELTA = 0.1  # 1 / (10 n) at n = 1
@@ -57,16 +56,22 @@ LARGEST_DELTA = 0.1  # 1 / (10 n) at n = 1
 
 def paragraphs(statement: PrivacyStatement) -> list[str]:
     """Return the whole statement as paragraphs of plain text, without its tables."""
-    if statement.record is None and statement.client is None:
-        return [NONE]
-    found = record_paragraphs(statement.record) + client_paragraphs(statement)
-    return found + ([APART] if statement.record and statement.client else [])
+    if not statement.private:
+        return [NONE, *sums_paragraphs(statement)]
+    found = record_paragraphs(statement) + client_paragraphs(statement)
+    return [*found, *sums_paragraphs(statement), *([APART] if statement.both else [])]
 
 
-def record_paragraphs(record: RecordLevel | None) -> list[str]:
+def sums_paragraphs(statement: PrivacyStatement) -> list[str]:
+    """Return what the coordinator saw instead of updates; [] without secure aggregation."""
+    return [] if statement.sums is None else statement_sums.paragraphs(statement.sums)
+
+
+def record_paragraphs(statement: PrivacyStatement) -> list[str]:
     """Return the record-level guarantee, or that there is none."""
+    record, together = statement.record, statement.of_records
     if record is None:
-        return [NO_RECORD_LEVEL]
+        return [NO_RECORD_LEVEL if statement.sums is None else NO_RECORD_LEVEL_IN_SUMS]
     promise = (
         "Record level: one record of a site. For every site k, the sequence of all messages that "
         f"it sent in rounds 1 to {record.rounds} is (ε_k, δ_k)-differentially private with respect "
@@ -79,6 +84,9 @@ def record_paragraphs(record: RecordLevel | None) -> list[str]:
         "and adds Gaussian noise of standard deviation σ·C to the sum. Accountant: PRV (Gopi, Lee, "
         "Wutschitz 2021), its upper bound."
     )
+    if together is not None:
+        promise = words.record_text(together, record.rounds)
+        mechanism = words.record_mechanism(record.clipping_norm)
     delta = LARGEST_DELTA if record.delta is None else record.delta
     means = _means(record.epsilon, delta, "one record was in a training set")
     patient = (
@@ -86,14 +94,17 @@ def record_paragraphs(record: RecordLevel | None) -> list[str]:
         "less: (ε, δ) for one record is (g·ε, g·e^((g−1)·ε)·δ) for g."
     )
     if not record.sites:
-        return [promise, means, _enforced(record), patient, mechanism]
+        return [promise, means, _enforced(record, statement), patient, mechanism]
     sizes = " and ".join(str(size) for size in GROUPS)
     largest = (
         f"Target of this run: ε = {record.target:g} per site. Largest over all sites, all runs: "
-        f"ε = {_upper(record.epsilon)}, δ = {_small(delta)}. It holds for every record that is at "
+        f"ε = {upper(record.epsilon)}, δ = {small(delta)}. It holds for every record that is at "
         "one site alone (parallel composition); for a record at several sites, their ε add up. A "
         "site whose deltas never counted is not listed; its ledger has what it spent."
     )
+    if together is not None:
+        found = [promise, means, largest, *_unheard(record), patient, mechanism]
+        return [*found, words.how(together), words.CHARGED]
     patient += (
         f" For {sizes} records and this run alone, the table has closer bounds at the same δ."
     )
@@ -114,28 +125,37 @@ def _unheard(record: RecordLevel) -> list[str]:
     ]
 
 
-def _enforced(record: RecordLevel) -> str:
+def _enforced(record: RecordLevel, statement: PrivacyStatement) -> str:
     """Return what holds where sites are not listed."""
+    why = "because the client-level guarantee hides who took part"
+    if statement.of_clients is not None:  # that guarantee does not, and is none against a list
+        why = "as no client of a run with client-level privacy is"
     delta = "δ = 1/(10 n) of a site with n training records"
     if record.target_delta is not None:
-        delta = f"δ = {_small(record.target_delta)}"
+        delta = f"δ = {small(record.target_delta)}"
     return (
         f"In this run ε_k is at most {record.target:g} at {delta}: each site computes its σ and q "
         "before it trains and refuses the round that would exceed it. Sites are not listed here, "
-        "because the client-level guarantee hides who took part; the numbers of each, with the ε "
+        f"{why}; the numbers of each, with the ε "
         "of its earlier runs, are in its own ledger."
     )
 
 
 def client_paragraphs(statement: PrivacyStatement) -> list[str]:
     """Return the client-level guarantee, or that there is none."""
-    plan = statement.client
+    plan, together = statement.client, statement.of_clients
+    if together is not None:
+        noise = together.noise
+        means = _means(noise.epsilon, noise.delta, "one client's updates were zeros")
+        told = words.client_text(together, statement.rounds)
+        target = _target(statement)
+        return [told, means, *target, words.how(together), words.CHARGED]
     if plan is None:
         return [NO_CLIENT_LEVEL]
     return [
         f"Client level: one client with all its records. The sequence of models that the "
         f"coordinator publishes in rounds 1 to {plan.rounds} is (ε_u, δ_u)-differentially private "
-        f"with ε_u = {_upper(plan.epsilon)} and δ_u = {_small(plan.delta)}, with respect to "
+        f"with ε_u = {upper(plan.epsilon)} and δ_u = {small(plan.delta)}, with respect to "
         "adding or removing one client with all its records, against everyone who sees the "
         "published models, other clients included. It does not hold against the coordinator, "
         "which sees each client's update and draws the noise, nor against whoever sees which "
@@ -144,8 +164,13 @@ def client_paragraphs(statement: PrivacyStatement) -> list[str]:
         f"Mechanism: in each round, each of N = {plan.population} clients is drawn with chance "
         f"q = {plan.sample_rate:.6g}, independently (Poisson sampling). {_bound(plan)} "
         f"T = {plan.rounds} rounds. Accountant: PRV (Gopi, Lee, Wutschitz 2021), its upper bound.",
-    ] + ([f"Target of this run: ε_u = {statement.client_target:g} for the whole run."]
-         if statement.client_target is not None else [])  # fmt: skip
+        *_target(statement),
+    ]
+
+
+def _target(statement: PrivacyStatement) -> list[str]:
+    target = statement.client_target
+    return [] if target is None else [f"Target of this run: ε_u = {target:g} for the whole run."]
 
 
 def site_rows(statement: PrivacyStatement) -> list[list[str]]:
@@ -180,46 +205,21 @@ def disclosure_rows(statement: PrivacyStatement) -> list[list[str]]:
 
 def limits(statement: PrivacyStatement) -> tuple[str, ...]:
     """Return what no guarantee of this run covers, beside what is marked so; () without any."""
-    return LIMITS if statement.record or statement.client else ()
-
-
-def as_json(statement: PrivacyStatement) -> dict[str, Any]:
-    """Return what summary.json holds under "privacy"; a guarantee that is absent is None."""
-    return {
-        "record_level": None if statement.record is None else _record_json(statement.record),
-        "client_level": None if statement.client is None else _client_json(statement),
-        "releases": [
-            {"what": one.what, "status": one.status, "why": one.why}
-            for one in statement.disclosures
-        ],
-        "limits": list(limits(statement)),
-        "statement": "\n\n".join(paragraphs(statement)),
-    }
+    if not statement.private:
+        return ()
+    record, together = statement.record, statement.together
+    gaussian = together is None or (record is not None and statement.of_records is None)
+    found = [FLOATING] if gaussian else [SUMMED] if record is not None else []
+    return *found, *LIMITS, OTHER_SOFTWARE if together is None else OTHER_MEMBERS
 
 
 def _means(epsilon: float, delta: float, question: str) -> str:
     """Return what (ε, δ) bounds, in words that need no mathematics."""
     return (
         f"In words: somebody who sees all of that and guesses whether {question}, with even odds "
-        f"before, is right at most {_percent(guess(epsilon, delta))} of the time (a coin is right "
+        f"before, is right at most {percent(guess(epsilon, delta))} of the time (a coin is right "
         "50 %)."
     )
-
-
-def _upper(bound: float, digits: int = 3) -> str:
-    """Return an upper bound with so many digits after the point, rounded up."""
-    return str(Decimal(repr(bound)).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING))
-
-
-def _small(bound: float) -> str:
-    """Return an upper bound with three digits, rounded up."""
-    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(bound))):.3g}"
-
-
-def _percent(share: float) -> str:
-    """Return a share rounded up to a tenth of a percent: it is a bound."""
-    tenths = -int(-1000 * share // 1)
-    return f"{min(tenths, 1000) / 10:.1f} %"
 
 
 def _clipping(record: RecordLevel) -> str:
@@ -268,9 +268,9 @@ def _site_row(one: SiteGuarantee) -> list[str]:
     spent = one.spent
     return [
         spent.site,
-        _upper(spent.epsilon),
-        _upper(one.epsilon_run),
-        _small(spent.delta),
+        upper(spent.epsilon),
+        upper(one.epsilon_run),
+        small(spent.delta),
         f"{spent.noise_multiplier:.4f}",
         f"{spent.sample_rate:.6f}",
         str(spent.steps),
@@ -289,62 +289,4 @@ def _head(spent: SitePrivacy) -> str:
 
 
 def _group(epsilon: float | None) -> str:
-    return "no useful bound" if epsilon is None else f"ε = {_upper(epsilon, 2)}"
-
-
-def _record_json(record: RecordLevel) -> dict[str, Any]:
-    return {
-        "unit": "one record of one site",
-        "neighbours": "one record added or removed",
-        "against": "the coordinator and everyone who sees what it publishes",
-        "rounds": record.rounds,
-        "target_epsilon": record.target,
-        "epsilon": record.epsilon,
-        "delta": record.delta,  # None: 1 / (10 n) of each site
-        "composition": "parallel over sites: every record at one site alone",
-        "accountant": "PRV",
-        "sampling": "Poisson",
-        "clipping": record.clipping,
-        "clipping_norm": record.clipping_norm,
-        "target_quantile": record.target_quantile if record.clipping == "adaptive" else None,
-        "sites": {one.spent.site: _site_json(one) for one in record.sites},
-    }
-
-
-def _site_json(one: SiteGuarantee) -> dict[str, Any]:
-    spent = one.spent
-    return {
-        "epsilon": spent.epsilon,
-        "epsilon_this_run": one.epsilon_run,
-        "delta": spent.delta,
-        "noise_multiplier": spent.noise_multiplier,
-        "sample_rate": spent.sample_rate,
-        "steps": spent.steps,
-        "engine": spent.engine,
-        "ledger": spent.ledger,
-        "rounds_not_in_epsilon": spent.unheard,
-        "groups": {str(size): epsilon for size, epsilon in one.groups.items()},
-    }
-
-
-def _client_json(statement: PrivacyStatement) -> dict[str, Any]:
-    plan = statement.client
-    assert plan is not None  # as_json asks only then
-    return {
-        "unit": "one client with all its records",
-        "neighbours": "one client added or removed",
-        "against": "everyone who sees the published models; not the coordinator",
-        "rounds": plan.rounds,
-        "target_epsilon": statement.client_target,
-        "epsilon": plan.epsilon,
-        "delta": plan.delta,
-        "accountant": "PRV",
-        "sampling": "Poisson",
-        "population": plan.population,
-        "sample_rate": plan.sample_rate,
-        "noise_multiplier": plan.noise_multiplier,
-        "clipping": "adaptive" if plan.adaptive else "fixed",
-        "clipping_norm": plan.clipping_norm,
-        "target_quantile": plan.target_quantile if plan.adaptive else None,
-        "max_examples": plan.max_examples,
-    }
+    return "no useful bound" if epsilon is None else f"ε = {upper(epsilon, 2)}"

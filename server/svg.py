@@ -214,6 +214,35 @@ def image(label: str, height: float, body: Sequence[Markup]) -> Markup:
     return element("svg", tip(label), *body, viewBox=box, role="img", aria_label=label)
 
 
+def card(says: str, width: float, height: float, body: Sequence[Markup]) -> str:
+    """Return a whole SVG file on its own light or dark card; `says` is all of it in words."""
+    frame = {"x": 0.5, "y": 0.5, "width": width - 1, "height": height - 1, "rx": 8}
+    return element(
+        "svg",
+        element("title", text(says)),
+        element("style", Markup(STYLE)),
+        element("rect", class_="card", **frame),
+        *body,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {number(width)} {number(height)}",
+        width=width,
+        height=height,
+        role="img",
+        aria_label=says,
+    )
+
+
+def stacked(says: str, charts: Sequence[Markup], panel: float, margin: float = 24.0) -> str:
+    """Return a whole SVG file with charts `panel` high, one under another."""
+    body = [
+        element(
+            "svg", chart, x=margin, y=margin + row * (panel + margin), width=WIDTH, height=panel
+        )
+        for row, chart in enumerate(charts)
+    ]
+    return card(says, WIDTH + 2 * margin, margin + len(charts) * (panel + margin), body)
+
+
 def number(value: float) -> str:
     """Return a coordinate with at most two decimals: 12.50 is "12.5"."""
     return f"{value:.2f}".rstrip("0").rstrip(".")

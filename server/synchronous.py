@@ -18,6 +18,7 @@ the merge is as deterministic as without them: in the order of names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,9 @@ from anabranch.server.client_privacy import PoissonCohorts
 from anabranch.server.desk import answers
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Failure, Peer, Question
+from anabranch.server.secure_rounds import SecureSums
 from anabranch.server.selection import Latencies, asked_for, draw, draw_tier, tiers
+from anabranch.server.shortfall import below_quorum
 
 SURPLUS = "surplus"  # the reason of a site that was asked, and not needed
 SILENT = frozenset({"deadline", SURPLUS})  # it takes at least as long as it was waited for
@@ -46,22 +49,39 @@ class Synchronous:
     ) -> None:
         self._exchange, self._assigner, self._private = exchange, assigner, private
         self._config = exchange.config
+        secure = self._config.secure_aggregation
+        self._secure = None if secure is None else SecureSums(exchange, assigner, secure)
         self.latencies = Latencies()
         self._measured: tuple[int, set[str]] = (0, set())  # the round, and who was measured in it
 
     def merge(
-        self, number: int, state: Any, adapter: Adapter
+        self,
+        number: int,
+        state: Any,
+        adapter: Adapter,
+        masking: Callable[[], None] = lambda: None,
     ) -> tuple[Any, Merged, Question[Trained]]:
         """Let a cohort train `adapter`; return the rule's new state, what it merged, and of what.
 
-        Raises RunError if too few sites connect, one of them cannot train its part, or too few
-        send a delta that counts.
+        `masking` is called before masked vectors are asked for. Raises RunError if too few sites
+        connect, one of them cannot train its part, too few send a delta that counts, or a secure
+        sum cannot be opened.
         """
         question = self._assigner.question(number, adapter.spec)
         cohort = self._drawn(number, self._exchange.connect(number))
+        if self._secure is not None:
+            self._secure.require_possible(adapter.spec, len(cohort))
         contents = self._assigner.put(question, adapter, cohort)
         self._exchange.event("round_started", round=number, sites=list(cohort))
         self._exchange.ask(question, contents)
+        if self._secure is not None:
+            for _ in self._deltas(question):
+                raise RunError(f"round {number}: a delta came that was to be kept for a secure sum")
+            summed = self._secure.sum(question, adapter, masking)
+            self._count(question)
+            state, merged = self._assigner.rule.merge(state, adapter, summed.deltas)
+            clients = len(summed.survivors)
+            return state, replace(merged, error=None, clients=clients), question
         state, merged = self._assigner.rule.merge(state, adapter, self._deltas(question))
         return state, merged, question
 
@@ -105,12 +125,18 @@ class Synchronous:
         self._measure(
             question, [n for n, f in question.failed.items() if f.reason in SILENT], started
         )
+        need = federation.quorum if self._private is None else 0
+        if self._secure is None:
+            self._count(question)
+        else:
+            need = self._secure.needed
+        if len(question.reports) < need:
+            raise RunError(below_quorum(question, need))
+
+    def _count(self, question: Question[Trained]) -> None:
+        """Add the round to the rows of the sites whose deltas count."""
         for name, trained in question.reports.items():
-            exchange.sites[name] = exchange.sites[name].after(trained)
-        if self._private is not None:
-            return
-        if len(question.reports) < federation.quorum:
-            raise RunError(exchange.below_quorum(question))
+            self._exchange.sites[name] = self._exchange.sites[name].after(trained)
 
     def _wait_for_first(
         self, question: Question[Trained], size: int, started: float, deadline: float
@@ -127,7 +153,7 @@ class Synchronous:
             return
         for name in list(question.reports)[size:]:  # in the order of arrival
             for held in (question.reports, question.deltas, question.norms):
-                del held[name]
+                held.pop(name, None)
             exchange.count(name, late=1)
             exchange.event("site_late", site=name, round=question.round, asked=question.kind)
         for name in [name for name in question.peers if not question.heard(name)]:
@@ -147,7 +173,7 @@ class Synchronous:
             self._measure(question, question.reports, started)
             return done()
 
-        quorum = self._config.federation.quorum
+        quorum = self._config.federation.quorum if self._secure is None else self._secure.needed
         kept = "" if self._private is not None else f", if they are {quorum} or more"
         then = f"the round is merged from those that answered{kept}"
         self._exchange.until(look, deadline, answers(question, started, then))

@@ -51,10 +51,11 @@ def rule_for(
     """Return the aggregation rule that `config` asks for.
 
     With [client_privacy] the plan of the run and a source of noise are needed; without them
-    PrivacyError: the rule alone would publish what nobody has noised.
+    PrivacyError: the rule alone would publish what nobody has noised. Not with
+    [secure_aggregation], whose sums come noised by their members.
     """
     rule = _without_privacy(config)
-    if config.client_privacy is None:
+    if config.client_privacy is None or config.secure_aggregation is not None:
         return rule
     if plan is None or normal is None:
         raise PrivacyError(

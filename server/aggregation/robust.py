@@ -100,13 +100,17 @@ def coefficients_for(robust: Robust) -> Coefficients:
     return coefficients
 
 
+def least(robust: Robust) -> int:
+    """Return how many deltas the rule needs: 2f + 1, Krum 2f + 3."""
+    more = 3 if robust.rule in ("krum", "multi-krum") else 1
+    return 2 * (robust.byzantine or 0) + more
+
+
 def require_enough(robust: Robust, clients: int) -> None:
     """Raise RunError unless the rule means something with so many deltas."""
     if clients == 0:
         raise ValueError("expected at least one delta, got none")
-    f = robust.byzantine or 0
-    krum = robust.rule in ("krum", "multi-krum")
-    need = 2 * f + 3 if krum else 2 * f + 1
+    f, need = robust.byzantine or 0, least(robust)
     if clients < need:
         raise RunError(
             f'robust.rule = "{robust.rule}" needs {need} deltas for robust.byzantine = {f}, got '

@@ -18,7 +18,7 @@ from anabranch.server.charts import (
     line_chart,
     stacked_bars,
 )
-from anabranch.server.svg import BYTES, EPSILON, LOSS, PERCENT, WIDTH, measure
+from anabranch.server.svg import BYTES, EPSILON, LOSS, PERCENT, WIDTH, measure, stacked
 
 SITES = [
     f"hospital {number} with quite a long name, department of medicine" for number in range(12)
@@ -163,6 +163,20 @@ def test_the_comparison_file_stands_alone_in_light_and_dark() -> None:
     spaced = "{http://www.w3.org/2000/svg}"
     bars = [e for e in root.iter(spaced + "rect") if e.get("class") != "card"]
     assert [e.get("class") for e in bars] == ["plain", "f0", "plain"]
+
+
+def test_charts_of_one_file_stand_under_one_another_inside_its_card() -> None:
+    chart = line_chart(lines([1.0, 2.0]), label="loss", unit=LOSS, y_title="loss")
+
+    root = parse(stacked("a & b", [chart, chart, chart], panel=280.0))
+
+    tag = "{http://www.w3.org/2000/svg}svg"
+    inner = [one.attrib for one in root.findall(tag)]
+    tops = [float(one["y"]) for one in inner]
+    assert all(below >= above + 280 for above, below in itertools.pairwise(tops))
+    assert tops[-1] + 280 <= float(root.attrib["height"])
+    assert all(float(one["x"]) + WIDTH <= float(root.attrib["width"]) for one in inner)
+    assert root.attrib["aria-label"] == "a & b"
 
 
 # --- edges

@@ -10,7 +10,7 @@ from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.messages import Trained
 from anabranch.protocols.spec import AdapterSpec
-from anabranch.protocols.tables import Privacy
+from anabranch.protocols.tables import Privacy, SecureAggregation
 from anabranch.server.client_privacy import published
 from anabranch.server.flower import Failure
 from anabranch.server.outcome import Finished, conclude, facts_of, statement_of
@@ -144,6 +144,26 @@ def test_a_run_without_privacy_says_so_in_its_summary(tmp_path: Path) -> None:
 
     assert summary["privacy"]["record_level"] is summary["privacy"]["client_level"] is None
     assert "There is no differential privacy" in summary["privacy"]["statement"]
+
+
+def test_a_run_of_secure_sums_says_what_was_seen_and_how_the_sums_went(tmp_path: Path) -> None:
+    told = {"num_examples": 0, "steps": 0, "epsilon": None, "delta": None, "sample_rate": None,
+            "noise_multiplier": None, "engine": None, "ledger": None}  # fmt: skip
+    config = open_config(secure_aggregation=SecureAggregation())
+    run = finished(config, result_of(both(1, **told)), tmp_path)
+    run.folder.event(
+        "secure_sum", round=1, opened=True, members=["late", "north", "south"],
+        survivors=["north", "south"], dropped={"mask": ["late"]}, seconds=0.5,
+    )  # fmt: skip
+    summary = conclude(run, test=None, validation=None, seconds=1.0)
+    page = (run.folder.path / "report.html").read_text()
+
+    assert summary["num_examples"] == {"north": None, "south": None}
+    assert summary["privacy"]["secure_aggregation"]["coordinator_saw"] == "sums of updates"
+    assert summary["aggregation"]["secure sums"].startswith("at least 3 updates, more than 0.6667")
+    assert summary["aggregation"]["codec"] == "whole numbers, masked"
+    assert "the coordinator saw sums of updates, and no update" in page
+    assert "1 at mask" in page
 
 
 @pytest.mark.parametrize("record", [False, True])

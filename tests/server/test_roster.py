@@ -6,7 +6,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from anabranch.client.flower import DESCRIBE, Described, _pack
+from anabranch.client.contents import pack as _pack
+from anabranch.client.flower import DESCRIBE, Described
 from anabranch.server.flower import Failure, Letter
 from anabranch.server.mailbox import Mailbox
 from anabranch.server.roster import Roster

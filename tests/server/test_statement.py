@@ -14,10 +14,10 @@ from anabranch.protocols.tables import (
     Privacy,
 )
 from anabranch.server.statement import group_epsilon, guess, state
+from anabranch.server.statement_json import as_json
 from anabranch.server.statement_text import (
     GROUP_HEAD,
     SITE_HEAD,
-    as_json,
     client_paragraphs,
     group_note,
     group_rows,
@@ -175,6 +175,7 @@ def test_without_privacy_that_is_all_that_is_said() -> None:
     assert as_json(statement) == {
         "record_level": None,
         "client_level": None,
+        "secure_aggregation": None,
         "releases": [],
         "limits": [],
         "statement": "There is no differential privacy: this model was trained on the records as "
