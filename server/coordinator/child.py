@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 
+FINISHED, STOPPED, FAILED, AGAIN = 0, 3, 4, 5  # exit codes of a run's process (running.py)
+
 
 def end_with_parent() -> None:
     """End this process when its standard input does: the supervisor holds the other end.

@@ -49,6 +49,7 @@ FLEET = {f"{PATH}{call}" for call in CALLS}
 PUBLIC_KEY = b"flwr-public-key"  # Flower's header: the node's key, PEM in base64
 PROTOBUF = b"application/protobuf"
 FORWARDED = (b"content-type", b"accept")  # and whatever begins with "flwr-"
+STARTING_S = 15.0  # a site that joins waits so long for the SuperLink; it gives up after 20
 TOLD, TOLD_S = 100, 3600.0  # lines in the audit log of refusals, in so many seconds
 PEER = "anabranch.peer"  # in a request's scope: the peer's certificate (DER), None without
 
@@ -138,11 +139,16 @@ class Door:
 
         def work() -> msgspec.Struct:
             asked = join.decode(body, join.Join)
-            joined = enrolment.join(self.federation, asked, self.wall(), self.link.register)
+            joined = enrolment.join(self.federation, asked, self.wall(), self._register)
             self._invited.add(joined.site)
             return joined
 
         return await _said(work)
+
+    def _register(self, public_key: bytes) -> int:
+        """Register a site; it may come while the SuperLink is being started."""
+        self.link.wait_ready(STARTING_S)
+        return self.link.register(public_key)
 
     async def _own(
         self, site: SiteEntry, method: str, path: str, scope: Scope, receive: Receive

@@ -40,10 +40,16 @@ from anabranch.protocols.errors import AnabranchError, ConfigError, RunError
 from anabranch.protocols.identity.proposal import Signed, require_fits
 from anabranch.protocols.spec import require_same_spec
 from anabranch.server.client_privacy import plan_of
-from anabranch.server.coordinator.child import end_with_parent
+from anabranch.server.coordinator.child import (
+    AGAIN,
+    FAILED,
+    FINISHED,
+    STOPPED,
+    end_with_parent,
+)
 from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.progress_file import ProgressFolder
-from anabranch.server.coordinator.proposing import last_checkpoint
+from anabranch.server.coordinator.proposing import last_checkpoint, roster_of
 from anabranch.server.coordinator.state import RunEntry
 from anabranch.server.coordinator.watching import (
     AttachedGrid,
@@ -61,7 +67,6 @@ from anabranch.server.rounds import RoundEngine
 from anabranch.server.store import RunFolder
 from anabranch.server.superlink import SuperLink, SuperLinkGone
 
-FINISHED, STOPPED, FAILED, AGAIN = 0, 3, 4, 5
 AWAY_S = 600.0  # how long a process waits for the SuperLink
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0  # between two looks
 SITES_LISTED = 100  # in one line of the audit log
@@ -229,6 +234,7 @@ class _Process:
             connect_s=self._federation.settings.runs.connect_s,
             signed=signed,
             desk=self._watching.desk(),
+            peers=roster_of(self._federation, self._run, signed.proposal),
         )
 
     def _loaded(

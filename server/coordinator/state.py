@@ -14,12 +14,22 @@ been lost. A key that was ever in the roster never comes in as another site, or 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from anabranch.protocols.errors import ConfigError, ProtocolError
 from anabranch.protocols.identity.join import Report
+from anabranch.protocols.secagg.terms import Roster
+from anabranch.server.coordinator.entries import Asked as Asked
+from anabranch.server.coordinator.entries import Desired as Desired
+from anabranch.server.coordinator.entries import OpenInvitation as OpenInvitation
+from anabranch.server.coordinator.entries import Reported as Reported
+from anabranch.server.coordinator.entries import RunEntry as RunEntry
+from anabranch.server.coordinator.entries import RunState as RunState
+from anabranch.server.coordinator.entries import SiteEntry as SiteEntry
+from anabranch.server.coordinator.entries import SiteStatus as SiteStatus
+from anabranch.server.coordinator.entries import Wait as Wait
 from anabranch.server.coordinator.state_file import (
     StateFile,
     change,
@@ -27,6 +37,7 @@ from anabranch.server.coordinator.state_file import (
     make,
     one,
     put,
+    require_own_peer,
     struct_of,
     text_of,
 )
@@ -35,79 +46,6 @@ RETRY_S = 600.0  # for which the key that used an invitation may come again
 NO_INVITATION = "invitation: unknown, used or expired"
 
 S = TypeVar("S", bound=msgspec.Struct)
-SiteStatus = Literal["active", "revoked", "left"]
-Desired = Literal["running", "stopped"]
-RunState = Literal["queued", "starting", "running", "stopped", "failed", "finished"]
-
-
-class OpenInvitation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An invitation with which `POST /site/join` may be answered now."""
-
-    site: str
-    expires: float
-    used: float | None = None  # when; then it is open for the same key alone, for RETRY_S
-
-
-class SiteEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One site of the roster."""
-
-    name: str
-    key: str  # authority.key_digest of its certificate, hex; Flower's node has the same key
-    public_key: str  # PEM
-    node: int | None = None  # Flower's; None: to be registered with the SuperLink
-    status: SiteStatus = "active"
-    joined: float
-    expires: float  # the end of its newest certificate
-    serial: str  # of that certificate, decimal
-    version: str  # of anabranch at the site, as it said last
-    reason: str = ""  # why it was revoked or left
-
-
-class Reported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a site said last."""
-
-    site: str
-    report: Report
-    at: float  # by the coordinator's clock
-
-
-class RunEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One run: what was proposed, what the operator wants of it, what it does."""
-
-    run: str
-    name: str  # of the configuration
-    toml: str  # run.toml as it was given
-    signed: str  # JSON of proposal.Signed
-    created: float
-    desired: Desired = "running"
-    state: RunState = "queued"
-    detail: str = ""  # a sentence: why it failed, where it stopped
-    flower_run: int | None = None  # Flower's id of the last attachment
-    restarts: int = 0  # of its process, by the supervisor
-    continues: str | None = None  # the run whose last adapter is the first of this one
-    validation: str | None = None  # path of the coordinator's own records: they choose the round
-    test: str | None = None  # of those that are touched once, at the end
-
-
-class Wait(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run waits for: who, since when, until when, why, and what happens then."""
-
-    why: str
-    who: tuple[str, ...] = ()
-    since: float
-    until: float | None = None  # None: until the operator or a site acts
-    then: str = ""  # what happens at `until`
-
-
-class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run asked of one site last."""
-
-    kind: Literal["train", "evaluate", "describe"]
-    round: int = 0
-    since: float
-    until: float
-    state: Literal["sent", "answered", "failed", "late"] = "sent"
-    reason: str = ""
 
 
 class State:
@@ -210,7 +148,8 @@ class State:
         """Add a site, in the place of one of that name which was revoked or left.
 
         The same site with the same key replaces itself. Raises ProtocolError if the name is that
-        of an active site with another key, or the key was in the roster before.
+        of an active site with another key, or the key was in the roster before, or its peer key
+        is another site's.
         """
         with self._file.writing() as db:
             there = one(db, "SELECT * FROM sites WHERE name = ?", entry.name)
@@ -228,6 +167,7 @@ class State:
                 db.execute("INSERT INTO keys VALUES (?, ?)", (entry.key, entry.name))
                 db.execute("DELETE FROM reports WHERE site = ?", (entry.name,))
                 db.execute("DELETE FROM sites WHERE name = ?", (entry.name,))
+            require_own_peer(db, entry.name, entry.peer_key)
             put(db, "sites", entry)
 
     def knows_key(self, key: str) -> str | None:
@@ -255,8 +195,10 @@ class State:
         """Change fields of a site; return the whole. ConfigError if there is no such site.
 
         A site that is revoked or leaves takes invitations to its name along that were not used.
+        Raises ProtocolError for a peer key that is another site's.
         """
         with self._file.writing() as db:
+            require_own_peer(db, name, changes.get("peer_key"))
             entry = change(db, "sites", name, SiteEntry, changes)
             if entry.status != "active":
                 db.execute("DELETE FROM invitations WHERE site = ? AND used IS NULL", (name,))
@@ -279,12 +221,19 @@ class State:
 
     # -- runs ------------------------------------------------------------------------------------
 
-    def propose(self, entry: RunEntry) -> None:
-        """Add a run; ConfigError if there is one with this id."""
+    def propose(self, entry: RunEntry, roster: Roster | None = None) -> None:
+        """Add a run, and among whom it sums; ConfigError if there is one with this id."""
         with self._file.writing() as db:
             if one(db, "SELECT 1 FROM runs WHERE run = ?", entry.run) is not None:
                 raise ConfigError(f"run {entry.run}: exists already; a run has an id of its own")
             put(db, "runs", entry)
+            if roster is not None:
+                db.execute("INSERT INTO rosters VALUES (?, ?)", (entry.run, text_of(roster)))
+
+    def roster(self, run: str) -> Roster | None:
+        """Return the roster that a run was proposed with; None: it has none."""
+        found = self._file.rows("SELECT roster FROM rosters WHERE run = ?", run)
+        return self._decode(found[0]["roster"], Roster) if found else None
 
     def run(self, run: str) -> RunEntry | None:
         """Return a run."""

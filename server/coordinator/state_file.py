@@ -5,12 +5,14 @@
     keys         every site key that was ever in the roster; none comes in twice
     reports      what each site said last
     runs         one row per run: what was proposed, what is wanted, what it does
+    rosters      among whom a run sums updates, if it does so securely
     waits        what a run waits for now
     asked        what a run asked of which site, and what became of it
 
 Journal in WAL mode, synchronous = FULL: what a transaction said is on the disk. Every change is one
 BEGIN IMMEDIATE transaction, so any number of processes may share the file. The file has mode 0600;
-SQLite gives its -wal and -shm files the same.
+SQLite gives its -wal and -shm files the same. A file of an earlier VERSION is brought to this one
+when it is opened, in one transaction; one of a later version is refused.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from anabranch.protocols.errors import ConfigError, RunError
+from anabranch.protocols.errors import ConfigError, ProtocolError, RunError
 from anabranch.storage.files import write_atomic
 
 APPLICATION = 0x616E6231  # "anb1", PRAGMA application_id
-VERSION = 1  # PRAGMA user_version
+VERSION = 2  # PRAGMA user_version
 BUSY_S = 10.0  # for another process that is writing
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -58,8 +60,17 @@ CREATE TABLE asked (
   run TEXT NOT NULL, site TEXT NOT NULL, asked TEXT NOT NULL, PRIMARY KEY (run, site)
 ) STRICT, WITHOUT ROWID;
 PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {VERSION};
 """
+
+# version -> what brings a file to it; a new file goes the same way
+STEPS = {
+    1: SCHEMA,
+    2: """
+ALTER TABLE sites ADD COLUMN peer_key TEXT;
+CREATE UNIQUE INDEX sites_peer_key ON sites (peer_key);
+CREATE TABLE rosters (run TEXT PRIMARY KEY, roster TEXT NOT NULL) STRICT, WITHOUT ROWID;
+""",
+}
 
 
 class StateFile:
@@ -74,6 +85,7 @@ class StateFile:
             self._reader = _connect(path)
         try:
             _require_ours(path, self._reader)
+            _update(path, self._reader)
             with _explained(path):
                 self._writer = _connect(path)
         except BaseException:
@@ -131,7 +143,7 @@ def make(path: Path) -> None:
     if path.exists():
         raise ConfigError(f"{path}: exists; choose another folder")
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+        db.executescript(f"BEGIN; {_steps_after(0)} COMMIT;")
         data = db.serialize()
     write_atomic(path, data, 0o600)
     StateFile(path).close()  # turns the journal to WAL
@@ -171,11 +183,38 @@ def _require_ours(path: Path, db: sqlite3.Connection) -> None:
         )
     if application != APPLICATION:
         raise damaged(path, f"application id {application:#x}, expected {APPLICATION:#x}")
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise ConfigError(
             f"{path}: state of version {version}, this software knows {VERSION}. Install the "
             "version of anabranch that wrote it, or a newer one"
         )
+
+
+def _update(path: Path, db: sqlite3.Connection) -> None:
+    """Bring the file to this version, whole or not at all; one process does it, others wait."""
+    with _explained(path):
+        if _version(db) == VERSION:
+            return
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in _steps_after(_version(db)).split(";"):
+                db.execute(statement)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+
+def _steps_after(version: int) -> str:
+    """Return the statements that bring a file of `version` (0: an empty one) to VERSION."""
+    steps = [text for number, text in STEPS.items() if number > version]
+    return "".join([*steps, f"PRAGMA user_version = {VERSION};"])
+
+
+def _version(db: sqlite3.Connection) -> int:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 @contextmanager
@@ -242,6 +281,13 @@ def put(db: sqlite3.Connection, table: str, entry: msgspec.Struct) -> None:
         db.execute(query, columns)
     except sqlite3.IntegrityError as error:
         raise ConfigError(f"{table[:-1]} {values[0]}: another has the same ({error})") from None
+
+
+def require_own_peer(db: sqlite3.Connection, site: str, key: str | None) -> None:
+    """Raise ProtocolError, inside a transaction, if another site has this peer key."""
+    other = one(db, "SELECT name FROM sites WHERE peer_key = ? AND name <> ?", key, site)
+    if other is not None:
+        raise ProtocolError(f"site {site}: its peer key is that of site {other['name']}")
 
 
 def change(

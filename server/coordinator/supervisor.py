@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -29,9 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from anabranch.protocols.errors import ConfigError, RunError
+from anabranch.protocols.errors import AnabranchError
 from anabranch.server import tracking
+from anabranch.server.coordinator.child import FAILED, FINISHED, STOPPED
 from anabranch.server.coordinator.folder import Federation
+from anabranch.server.coordinator.settings import split_address
 from anabranch.server.coordinator.state import RunEntry
 from anabranch.server.superlink import SuperLink, environment
 
@@ -41,7 +44,6 @@ STEADY_S = 10.0  # after so long a process counts as well
 SHORTEST_PAUSE_S, PAUSE_S = 0.2, 30.0
 END_S = 10.0  # to end by themselves
 LOG_BYTES = 5 << 20
-FINISHED, STOPPED, FAILED = 0, 3, 4  # exit codes of a run's process (running.py)
 PACKAGE = "anabranch.server.coordinator"
 
 log = logging.getLogger(__name__)
@@ -106,11 +108,13 @@ class Supervisor:
         folder = self.federation.folder
         self.socket = self.federation.socket_folder() / "superlink"
         self.link = SuperLink(self.socket)
-        here, socket = str(folder), str(self.socket)
+        here, at = str(folder), str(self.socket)
         self.children: dict[str, Child] = {}
-        self._add("superlink", "superlink_server", socket, str(self.federation.superlink_database))
-        self._add("door", "door_server", here, socket)
+        self._add("superlink", "superlink_server", at, str(self.federation.superlink_database))
+        self._add("door", "door_server", here, at)
         self._add("page", "page.server", here)
+        self._open = False  # sites can come
+        self._reconciled, self._saved = 0.0, time.monotonic()  # when that was done last
         self._rounds: dict[str, int] = {}  # run -> checkpoints when its process was started last
 
     def serve(self) -> None:
@@ -118,31 +122,47 @@ class Supervisor:
         with self.federation.serving():
             self._prepare()
             self.federation.audit.append("serving", version=self.federation.version)
-            settings = self.federation.settings
+            try:
+                while not self.stop.is_set():
+                    try:
+                        self._tick(time.monotonic())
+                    except (AnabranchError, OSError) as error:  # a full disk ends nothing
+                        log.error("%s; trying again in %.0f s", error, RECONCILE_S)
+                        self.stop.wait(RECONCILE_S)
+                    self.stop.wait(TICK_S)
+            finally:
+                self._end()
+                self.federation.audit.append("stopped")
+
+    def _tick(self, now: float) -> None:
+        """Do what is due now."""
+        self._runs()
+        for child in list(self.children.values()):
+            self._tend(child, now)
+        if not self._open:
+            self._opened()
+        if now - self._reconciled > RECONCILE_S:
+            self._reconciled = now
+            for child in self.children.values():
+                _cut(child.log)
+            self._reconcile()
+        if now - self._saved > BACKUP_S:
+            self._saved = now
+            self.federation.backup()
+
+    def _opened(self) -> None:
+        """Say so once sites can come: the door takes connections, and the SuperLink answers."""
+        settings = self.federation.settings
+        door = self.children["door"].process
+        self._open = (
+            door is not None and self.link.ready() and _listens(*split_address(settings.bind))
+        )
+        if self._open:
             log.info(
                 "serving %s: sites come to %s, the page is at %s (`anabranch coordinator token` "
                 "opens it), logs are in %s; Ctrl-C ends it",
                 settings.name, settings.address, settings.page, self.federation.folder / "logs",
             )  # fmt: skip
-            reconciled, saved = 0.0, time.monotonic()
-            try:
-                while not self.stop.is_set():
-                    now = time.monotonic()
-                    self._runs()
-                    for child in list(self.children.values()):
-                        self._tend(child, now)
-                    if now - reconciled > RECONCILE_S:
-                        for child in self.children.values():
-                            _cut(child.log)
-                        self._reconcile()
-                        reconciled = now
-                    if now - saved > BACKUP_S:
-                        self.federation.backup()
-                        saved = now
-                    self.stop.wait(TICK_S)
-            finally:
-                self._end()
-                self.federation.audit.append("stopped")
 
     def _add(self, name: str, module: str, *arguments: str) -> Child:
         file = self.federation.folder / "logs" / f"{name.replace(' ', '-')}.log"
@@ -231,7 +251,7 @@ class Supervisor:
                         self.link.unregister(known)
                 elif known is None or known != site.node:
                     self.federation.state.set_site(site.name, node=self.link.register(key))
-        except (RunError, ConfigError) as error:
+        except AnabranchError as error:
             log.warning("nodes: %s", error)
 
     def _end(self) -> None:
@@ -249,6 +269,15 @@ class Supervisor:
                 child.process.kill()
                 child.process.wait()
             child.ended(time.monotonic())
+
+
+def _listens(host: str, port: int) -> bool:
+    """Whether somebody takes connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return True
+    except OSError:
+        return False
 
 
 def _whole(database: Path) -> bool:

@@ -131,6 +131,12 @@ function runSites(run) {
   ], run.sites.map((row) => ({ key: row.site, ...row })));
 }
 
+function summed(row) {
+  if (row.members === null) return ABSENT;
+  const lost = Object.entries(row.lost).map(([stage, count]) => `${count} at ${stage}`).join(", ");
+  return `${row.survivors} of ${row.members} members${lost ? `, lost ${lost}` : ""}`;
+}
+
 function rounds(run) {
   if (!run.history.length) return null;
   const names = (side) => [...new Set(run.history.flatMap((row) => Object.keys(row[side])))].sort();
@@ -145,6 +151,8 @@ function rounds(run) {
       ["round", (row) => row.round, "n"],
       ["ended", (row) => time(row.ended, "at")],
       ...(open ? [["deltas", (row) => `${row.trained} of ${row.asked}`, "n"]] : []),
+      ...(open && run.history.some((row) => row.members !== null)
+        ? [["secure sum", summed, "said"]] : []),
       ...metrics,
       ...(open ? [
         ["training loss", (row) => number(row.loss), "n"],

@@ -41,6 +41,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     bytes_up: int | None = None
     bytes_down: int | None = None
     seconds: float | None = None
+    members: tuple[str, ...] = ()  # of a secure sum
+    survivors: tuple[str, ...] = ()
+    dropped: dict[str, tuple[str, ...]] = {}  # stage -> who was lost there
     client: dict[str, float] = {}
     coordinator: dict[str, float] = {}
 
@@ -107,6 +110,8 @@ class RoundLog:
     asked: tuple[str, ...] = ()
     trained: dict[str, Event] = field(default_factory=dict)  # site_trained
     failed: dict[str, Event] = field(default_factory=dict)  # site_failed
+    summing: Event | None = None  # secure_sum_started, while it is under way
+    sum: Event | None = None  # secure_sum, the last attempt
     merged: Event | None = None  # round_aggregated
     evaluated: Event | None = None  # round_evaluated
     epsilon: float | None = None  # of clients
@@ -177,10 +182,15 @@ class RunLog:
                 self.round(event.round).trained[event.site] = event
                 self.round(event.round).failed.pop(event.site, None)
                 self.site(event.site).last = event
-                self.site(event.site).examples = event.num_examples
-            case "site_failed":
+                if event.num_examples is not None:  # else: kept for a secure sum, and not said
+                    self.site(event.site).examples = event.num_examples
+            case "site_failed" | "secure_dropout":
                 self.round(event.round).failed[event.site] = event
                 self.site(event.site).failed[event.round, event.reason] = event
+            case "secure_sum_started":
+                self.round(event.round).summing = event
+            case "secure_sum":
+                self.round(event.round).summing, self.round(event.round).sum = None, event
             case "site_late":
                 self.site(event.site).late += 1
             case "client_noise":
@@ -214,6 +224,7 @@ class RunLog:
             one.started = one.started or event.time
             one.asked = event.sites
             one.trained, one.failed = {}, {}
+            one.summing = one.sum = None
         elif event.kind == "round_aggregated":
             one.merged = event
             for name in event.sites:

@@ -17,6 +17,7 @@ from anabranch.protocols.config import RunConfig
 from anabranch.server.coordinator.page.run_log import Event, RoundLog, RunLog, SiteLog
 from anabranch.server.coordinator.page.shown import Curve, RoundView, RunSite, RunView
 from anabranch.server.coordinator.state import Asked, RunEntry, Wait
+from anabranch.server.sums_log import lost
 
 RECENT = 5  # rounds whose pace is the run's
 HISTORY = 50  # rounds listed
@@ -134,6 +135,8 @@ def _doing(facts: RunFacts, rounds: int | None, hidden: bool) -> str:
         return f"{where}: evaluating"
     if hidden or not one.asked:
         return f"{where}: training"
+    if one.summing is not None:
+        return f"{where}: secure sum of {len(one.summing.sites)} sites"
     failed = f", {len(one.failed)} failed" if one.failed else ""
     return f"{where}: training, {len(one.trained)} of {len(one.asked)} sites have answered{failed}"
 
@@ -150,7 +153,7 @@ def _round(one: RoundLog, hidden: bool) -> RoundView:
             ended=one.ended,
             coordinator=metrics,
             client={} if hidden else client,
-            epsilon=one.epsilon if one.epsilon is not None else max(spent, default=None),
+            epsilon=one.epsilon if hidden else max(spent, default=None),  # of clients, or records
         )
     return RoundView(
         round=one.round,
@@ -158,6 +161,9 @@ def _round(one: RoundLog, hidden: bool) -> RoundView:
         trained=len(merged.sites),
         asked=len(one.asked),
         failed=len(one.failed),
+        members=None if one.sum is None else len(one.sum.members),
+        survivors=None if one.sum is None else len(one.sum.survivors),
+        lost={} if one.sum is None else lost(one.sum.dropped),
         examples=merged.num_examples,
         loss=training_loss(counted),
         update_norm=merged.update_norm,

@@ -75,6 +75,9 @@ class RoundView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     trained: int | None = None
     asked: int | None = None
     failed: int | None = None
+    members: int | None = None  # of its secure sum, in the last attempt; None: there is no sum
+    survivors: int | None = None  # whose updates are in it
+    lost: dict[str, int] = {}  # stage of the sum -> members that were lost there
     examples: int | None = None
     loss: float | None = None  # of training, the mean over the sites' examples
     update_norm: float | None = None

@@ -28,12 +28,14 @@ from anabranch.server.coordinator.page.run_view import OVER
 from anabranch.server.coordinator.page.shown import Alert, RunSite, RunView, View
 from anabranch.server.coordinator.page.view import Watcher
 from anabranch.server.coordinator.state import Wait
+from anabranch.server.sums_log import lost_words
 from anabranch.server.svg import size
 
 ABSENT = "\u2013"  # a value that is not there, unlike 0
 _CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_BREAK = re.compile(r"[ \r]*\n[ \n\r]*")  # reasons of many sites stand on a line each
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,10 @@ def _facts(run: RunView, when: Clock) -> Iterator[str]:
             if metrics:
                 said = ", ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()))
                 yield f"{source}: {said}"
+        if last.members is not None:
+            gone = lost_words(last.lost)
+            said = f"last secure sum: {last.survivors} of {last.members} members"
+            yield f"{said}, lost {gone}" if gone else said
     if run.epsilon is not None:
         planned = "" if run.epsilon_ceiling is None else f" of {run.epsilon_ceiling:.2f} planned"
         yield f"ε {run.epsilon:.2f}{planned}"
@@ -307,9 +313,13 @@ class Clock:
 
 def _clean(part: Part) -> Part:
     if isinstance(part, str):
-        return _CONTROL.sub("\ufffd", part)
-    rows = tuple(tuple(_CONTROL.sub("\ufffd", cell) for cell in row) for row in part.rows)
-    return Rows(part.head, rows)
+        return _line(part)
+    return Rows(part.head, tuple(tuple(map(_line, row)) for row in part.rows))
+
+
+def _line(said: str) -> str:
+    """Return it on one line, without what would control a terminal."""
+    return _CONTROL.sub("\ufffd", _BREAK.sub("; ", said.strip()) if "\n" in said else said)
 
 
 def _aligned(table: Rows) -> Iterable[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from anabranch.client.agent.door import join_door, pinned
-from anabranch.client.agent.identity import Coordinator, Identity, write_identity
+from anabranch.client.agent.identity import Coordinator, Identity, peer_key, write_identity
 from anabranch.protocols.errors import AnabranchError
 from anabranch.protocols.identity import authority
 from anabranch.server.coordinator import enrolment
@@ -37,13 +37,18 @@ class Served:
         return self.federation.settings.address
 
     def join(self, name: str) -> Identity:
-        """Join as a new site."""
+        """Join as a new site, as soon as somebody answers."""
+        return patiently(self.joining(name))
+
+    def joining(self, name: str) -> Callable[[], Identity]:
+        """Invite a new site; return what attempts once to join as it."""
         invitation = enrolment.invite(self.federation, name, time.time())
         key = authority.new_key()
 
         def joined() -> Identity:
             root = pinned(invitation)
-            answer = join_door(invitation, authority.certificate_request(key), "0", root)
+            request, peer = authority.certificate_request(key), peer_key(self.folder / name)
+            answer = join_door(invitation, request, "0", root, peer)
             about = Coordinator(
                 site=answer.site,
                 federation=answer.federation,
@@ -58,18 +63,25 @@ class Served:
             write_identity(self.folder / name, key, certificate, root, about)
             return Identity(self.folder / name)
 
-        return patiently(joined)
+        return joined
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[Served]:
     """Serve a new coordinator until the block ends."""
     here = Served(folder)
+    with serving(here):
+        here.supervisor.link.wait_ready(60)
+        yield here
+
+
+@contextmanager
+def serving(here: Served) -> Iterator[None]:
+    """Serve it until the block ends, from its start on."""
     thread = threading.Thread(target=here.supervisor.serve)
     thread.start()
     try:
-        here.supervisor.link.wait_ready(60)
-        yield here
+        yield
     finally:
         here.supervisor.stop.set()
         thread.join()

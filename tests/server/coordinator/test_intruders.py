@@ -14,6 +14,7 @@ import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.node_pb2 import Node
@@ -177,7 +178,7 @@ def test_an_invitation_is_good_for_one_key_and_cannot_be_guessed(
         end = time.monotonic() + 30
         while True:
             try:
-                return join_door(one, request, "0", root)
+                return join_door(one, request, "0", root, Ed25519PrivateKey.generate())
             except ProtocolError as error:
                 if isinstance(error, DoorRefused) or time.monotonic() > end:
                     raise

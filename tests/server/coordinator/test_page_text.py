@@ -36,6 +36,15 @@ def test_nothing_that_a_site_says_controls_the_terminal(said: str, name: str) ->
         )
 
 
+def test_a_reason_of_many_lines_is_said_on_one() -> None:
+    said = "0 of 2 sites sent a delta\n  north: too few records\r\n  south: \x1b[31mno"
+    alert = Alert(kind="x", level="problem", about="r1", text=said)
+
+    written = text(replace(EMPTY, alerts=(alert,)), UTC)
+
+    assert "sent a delta; north: too few records; south: \ufffd[31mno" in written
+
+
 def rendered(shown: View, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(render(shown, UTC))

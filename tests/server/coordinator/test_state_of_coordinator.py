@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sqlite3
@@ -27,6 +28,7 @@ from hypothesis.stateful import (
 
 from anabranch.protocols.errors import ConfigError, ProtocolError, RunError
 from anabranch.protocols.identity.join import Report
+from anabranch.protocols.secagg.terms import Peer, Roster
 from anabranch.server.coordinator.state import (
     NO_INVITATION,
     RETRY_S,
@@ -38,6 +40,7 @@ from anabranch.server.coordinator.state import (
     State,
     Wait,
 )
+from anabranch.server.coordinator.state_file import STEPS
 
 NOW = 1_000_000.0
 NAMES = st.sampled_from(["north", "south"])
@@ -550,9 +553,125 @@ def test_a_state_is_never_made_over_another(state: State) -> None:
 def test_a_state_of_a_newer_version_is_refused(state: State) -> None:
     state.close()
     with closing(sqlite3.connect(state.path)) as db:
-        db.execute("PRAGMA user_version = 2")
-    with pytest.raises(ConfigError, match="version 2, this software knows 1"):
+        db.execute("PRAGMA user_version = 3")
+    with pytest.raises(ConfigError, match="version 3, this software knows 2"):
         State(state.path)
+
+
+# -- files of an earlier version -------------------------------------------------------------------
+
+SCHEMA_1 = f"""
+BEGIN; {STEPS[1]} PRAGMA user_version = 1;
+INSERT INTO sites VALUES ('north', 'key0', 'PEM', '7', 'active', 1.0, 9.0, '7', '1', '');
+INSERT INTO keys VALUES ('key0', 'north');
+INSERT INTO invitations (secret_hash, site, created, expires) VALUES ('hash0', 'south', 1, 9);
+INSERT INTO runs VALUES ('run-1', 'tiny', '…', '{{}}', 1.0, 'running', 'queued', '', NULL, 0,
+  NULL, NULL, NULL);
+COMMIT;
+"""
+
+
+def of_version_1(path: Path) -> Path:
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(SCHEMA_1)
+    return path
+
+
+def test_a_state_of_version_1_is_used_as_it_was(tmp_path: Path) -> None:
+    state = State(of_version_1(tmp_path / "state.sqlite"))
+    assert state.sites() == [site(node=7, joined=1.0, expires=9.0)]
+    assert state.knows_key("key0") == "north"
+    assert [one.site for one in state.open_invitations(2.0)] == ["south"]
+    assert state.runs() == [entry(created=1.0)]
+    assert state.roster("run-1") is None
+    assert state.set_site("north", peer_key="ab" * 32).peer_key == "ab" * 32
+    state.propose(entry("run-2"), ROSTER)
+    state.close()
+    again = State(tmp_path / "state.sqlite")
+    assert again.roster("run-2") == ROSTER
+    again.check()
+
+
+def test_what_version_1_was_is_never_changed() -> None:
+    """Files of it are there; what is to be different is another step."""
+    assert hashlib.sha256(STEPS[1].encode()).hexdigest() == (
+        "82f22574f57d9867b1d293e276e9053dff37fd5a41d877329a9bb956a6120310"
+    )
+
+
+def test_a_new_state_and_an_updated_one_have_the_same_tables(tmp_path: Path) -> None:
+    State(of_version_1(tmp_path / "old.sqlite")).close()
+    State.create(tmp_path / "new.sqlite").close()
+
+    def tables(name: str) -> list[tuple[str, str]]:
+        with closing(sqlite3.connect(tmp_path / name)) as db:
+            return sorted(db.execute("SELECT name, sql FROM sqlite_schema WHERE sql NOT NULL"))
+
+    assert tables("old.sqlite") == tables("new.sqlite")
+
+
+def test_an_update_that_breaks_off_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = of_version_1(tmp_path / "state.sqlite")
+    with monkeypatch.context() as patch:
+        patch.setitem(STEPS, 2, STEPS[2] + "INSERT INTO nothing VALUES (1);")
+        with pytest.raises(RunError, match="cannot be used now"):
+            State(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("SELECT * FROM sites").fetchall()[0][0] == "north"
+    assert [one.name for one in State(path).sites()] == ["north"]
+
+
+def test_of_many_that_open_an_old_state_one_updates_it(tmp_path: Path) -> None:
+    path = of_version_1(tmp_path / "state.sqlite")
+    script = (
+        "import sys; from pathlib import Path; from anabranch.server.coordinator.state import State"
+        "\nsys.stdin.readline(); print([one.name for one in State(Path(sys.argv[1])).sites()])"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    for one in started:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    said = [one.communicate(timeout=60)[0] for one in started]
+    assert said == ["['north']\n"] * 3
+
+
+# -- peer keys and rosters -------------------------------------------------------------------------
+
+ROSTER = Roster.of([Peer(name="north", key="ab" * 32), Peer(name="south", key="cd" * 32)])
+
+
+def test_two_names_never_have_one_peer_key(state: State) -> None:
+    state.add_site(site(peer_key="ab" * 32))
+    with pytest.raises(ProtocolError, match="site south: its peer key is that of site north"):
+        state.add_site(site("south", "key1", peer_key="ab" * 32))
+    assert [one.name for one in state.sites()] == ["north"]
+    assert state.knows_key("key1") is None
+    state.add_site(site("south", "key1"))
+    with pytest.raises(ProtocolError, match="that of site north"):
+        state.set_site("south", peer_key="ab" * 32)
+    state.add_site(site(peer_key="ab" * 32))  # the same site once more
+    other = state.site("south")
+    assert other is not None
+    assert other.peer_key is None
+
+
+def test_a_run_and_its_roster_are_there_together_or_not_at_all(state: State) -> None:
+    state.propose(entry(), ROSTER)
+    assert state.roster("run-1") == ROSTER
+    with pytest.raises(ConfigError, match="exists already"):
+        state.propose(entry(), Roster.of(ROSTER.peers[:1]))
+    assert state.roster("run-1") == ROSTER
+    assert state.roster("run-2") is None
 
 
 def test_another_programs_database_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from anabranch.server.coordinator.folder import Federation
 from anabranch.server.coordinator.page.run_log import Event, EventFile, RunLog
 from anabranch.server.coordinator.page.run_view import durations, eta, seconds_per_round
 from anabranch.server.coordinator.page.shown import Alert, RunView, View
+from anabranch.server.coordinator.page.status_text import text
 from anabranch.server.coordinator.page.view import LISTED, Watcher, seen_by, view
 from anabranch.server.coordinator.state import Asked, Wait
 from tests.page_cases import DAY, NOW, add_run, add_site, make, ran, report
@@ -187,6 +188,43 @@ def test_a_run_that_the_engine_carried_out_is_shown_as_it_was(federation: Federa
     assert run.seconds_per_round == 6  # events a second apart: four deltas, merge, evaluation
     curves = {(c.metric, c.source): c.points for c in run.curves}
     assert curves["training loss", "sites' mean"] == ((1, 0.25), (2, 0.25), (3, 0.25))
+
+
+def test_a_secure_sum_is_shown_while_it_is_made_and_afterwards(federation: Federation) -> None:
+    folder = ran(federation, "toy-1", rounds=2)
+    federation.state.set_run(
+        "toy-1", toml=table_text(("rounds = 2", "rounds = 3")), state="running"
+    )
+    members = ["aarhus", "bergen", "cork"]
+    folder.event("round_started", round=3, sites=[*members, "delft"])
+    folder.event("secure_sum_started", round=3, sites=members)
+    assert only(view(federation, NOW)).doing == "round 3 of 3: secure sum of 3 sites"
+    folder.event(
+        "secure_dropout", round=3, site="cork", stage="mask", reason="deadline", message=""
+    )
+    folder.event(
+        "secure_sum", round=3, attempt=1, opened=True, members=members,
+        survivors=members[:2], dropped={"mask": ["cork"]},
+    )  # fmt: skip
+    folder.event("site_trained", round=3, site="aarhus", seconds=1.0)
+    folder.event("round_aggregated", round=3, method="fedavg", sites=members[:2])
+
+    run = only(view(federation, NOW))
+
+    last = run.history[0]
+    assert (last.members, last.survivors, last.lost) == (3, 2, {"mask": 1})
+    assert (run.history[1].members, run.history[1].lost) == (None, {})
+    assert "last secure sum: 2 of 3 members, lost 1 at mask" in text(view(federation, NOW))
+    aarhus = next(row for row in run.sites if row.site == "aarhus")
+    assert aarhus.examples is not None  # what it said before round 1: its update says none
+
+
+def test_what_records_cost_is_not_shown_as_what_clients_cost(federation: Federation) -> None:
+    folder = ran(federation, "toy-1", rounds=2)
+    federation.state.set_run("toy-1", toml=client_private(), state="running")
+    folder.event("site_trained", round=2, site="aarhus", seconds=1.0, epsilon=3.0)
+
+    assert only(view(federation, NOW)).epsilon is None
 
 
 def test_a_site_that_never_answered_has_failures_and_a_reason(federation: Federation) -> None:
