@@ -57,6 +57,11 @@ def require_linear(config: RunConfig) -> None:
             "federation.normalize_steps: a gateway's delta is a mean over devices and has no "
             "steps of its own; leave it out"
         )
+    if config.privacy is not None and config.privacy.noise == "distributed":
+        raise ConfigError(
+            'privacy.noise = "distributed": a gateway\'s devices noise their own steps and make no '
+            'noise with other members of the run; leave it "local"'
+        )
     if config.uplink.error_feedback:
         raise ConfigError(
             "uplink.error_feedback: a gateway keeps no memory of what its codec left out; leave "

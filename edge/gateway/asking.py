@@ -19,6 +19,7 @@ import msgspec
 from anabranch.edge.gateway.aggregate import require_linear
 from anabranch.edge.gateway.config import ClientPrivacy, GatewayFile, GatewayFolder
 from anabranch.edge.gateway.published import Shelf, put_frame
+from anabranch.edge.gateway.secure import plan_of
 from anabranch.edge.gateway.store import Row, Store
 from anabranch.protocols import rdp, wire
 from anabranch.protocols.adapter import Adapter
@@ -94,6 +95,8 @@ class Opener:
         described = self.described()
         bundle = self.shelf.fitting(adapter.spec, config.task.labels)
         mechanism = self._mechanism(assignment)
+        collecting = collecting_s(config.federation.deadline_s)
+        plan = plan_of(self.file, self.folder, assignment, collecting)
         spends = self._spends(mechanism)
         sha = put_frame(self.folder.files, frame)
         now = time.time()
@@ -114,10 +117,15 @@ class Opener:
                     None if mechanism is None else msgspec.json.encode(mechanism),
                     described,
                     now,
-                    now + collecting_s(config.federation.deadline_s),
+                    now + collecting,
                 ),
             )
             if fresh.rowcount:
+                if plan is not None:
+                    db.execute(
+                        "INSERT INTO sums (round, plan) VALUES (?, ?)",
+                        (fresh.lastrowid, msgspec.json.encode(plan)),
+                    )
                 for unit, spend in spends.items():
                     self._spend(db, assignment, unit, spend)
         put_frame(self.folder.files, frame)  # a round that ended just now may have removed it
@@ -154,6 +162,12 @@ class Opener:
         """Return what all devices keep in a run with [privacy]: one mechanism, so one ε."""
         config, table = assignment.config, self.file.record_privacy
         privacy, steps = config.privacy, config.training.local_steps
+        sums = config.secure_aggregation is not None and config.client_privacy is not None
+        if sums or (privacy is not None and privacy.noise == "distributed"):
+            raise PrivacyError(
+                f"gateway {self.file.name}: the members of this run's secure sums make its noise, "
+                "and a gateway has no ledger to charge its part to; nothing is trained"
+            )
         if privacy is None:
             return None
         if table is None or steps is None:

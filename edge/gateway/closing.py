@@ -1,6 +1,7 @@
 """How a round ends: the sum of what was counted, or a reason why there is none.
 
-A round ends at its deadline, or as soon as `cohort` deltas are counted. With [client_privacy] it
+A secure round ends with its sum (summing.py), and no delta of it is ever read here. Any other
+round ends at its deadline, or as soon as `cohort` deltas are counted. With [client_privacy] it
 ends early only when every device has had its draw and nobody who was drawn is still at work. When
 it ends then depends on who came: the time of an answer is not covered by ε.
 
@@ -26,8 +27,10 @@ from anabranch.edge.gateway.aggregate import Total, total_of
 from anabranch.edge.gateway.asking import CLIENT
 from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
 from anabranch.edge.gateway.published import put_frame
+from anabranch.edge.gateway.secure import read_plan
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Row, Store
+from anabranch.edge.gateway.summing import Sums
 from anabranch.edge.gateway.tasks import Asked, asked_of
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Delta
@@ -47,6 +50,7 @@ class Closer:
     file: GatewayFile
     store: Store
     spool: Spool
+    sums: Sums
     turn: threading.Lock = field(default_factory=threading.Lock)
     failed: dict[int, float] = field(default_factory=dict)  # round -> not before
 
@@ -80,15 +84,21 @@ class Closer:
             for row in self.store.rows(query):
                 if 0 < self.failed.get(row["id"], now) - now <= AGAIN_S:
                     continue
-                if row["state"] == "closing" or now >= row["deadline"] or self._enough(row):
-                    try:
-                        self.close(row)
-                    except (OSError, ValueError, sqlite3.Error, MemoryError):
-                        log.exception("round %d cannot be ended now", row["number"])
-                        self.failed[row["id"]] = now + AGAIN_S
+                try:
+                    if not self._over(row, now):
                         continue
-                    ended.append(int(row["id"]))
+                    self.close(row)
+                except (OSError, ValueError, sqlite3.Error, MemoryError):
+                    log.exception("round %d cannot be ended now", row["number"])
+                    self.failed[row["id"]] = now + AGAIN_S
+                    continue
+                ended.append(int(row["id"]))
         return ended
+
+    def _over(self, row: Row, now: float) -> bool:
+        if read_plan(self.store, row) is not None:
+            return self.sums.advance(row, now)
+        return row["state"] == "closing" or now >= row["deadline"] or self._enough(row)
 
     def close(self, row: Row) -> None:
         """End one round."""
@@ -102,8 +112,17 @@ class Closer:
             log.warning("round %d of %s: %s", row["number"], row["run"], error)
             self._end(row, state="refused", reason=str(error))
         self._clean(row)
+        self.sums.forget(row)
 
     def _close(self, row: Row) -> None:
+        if read_plan(self.store, row) is not None:
+            mean, clients = self.sums.outcome(row)
+            asked = asked_of(row)
+            examples = min(mean.num_examples, row["described"])
+            steps = mean.steps if asked.mechanism is None else asked.mechanism.steps
+            delta = Delta(mean.spec, mean.arrays, examples, part=mean.part, steps=steps)
+            self._put(row, asked, delta, clients)
+            return
         counted = self.store.rows(
             "SELECT * FROM counted WHERE round = ? ORDER BY sha, task", row["id"]
         )
@@ -117,7 +136,10 @@ class Closer:
             self._end(row, state="refused", reason=reason)
             return
         asked = asked_of(row)
-        delta = self._delta(row, asked, counted)
+        self._put(row, asked, self._delta(row, asked, counted), len(counted))
+
+    def _put(self, row: Row, asked: Asked, delta: Delta, clients: int) -> None:
+        """Keep the result for the coordinator, in the run's codec."""
         uplink = asked.uplink
         name = f"{self.file.name}/{row['run']}/{row['number']}"
         rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
@@ -129,7 +151,7 @@ class Closer:
             result=sha,
             examples=delta.num_examples,
             steps=delta.steps,
-            clients=len(counted),
+            clients=clients,
         )
 
     def _require_plan(self, row: Row) -> None:

@@ -4,6 +4,7 @@
     authority/              ca.key ca.pem server.key server.pem; keys mode 0600 (authority.py)
     state.sqlite            tokens, devices, rounds, tasks, uploads, what was spent (store.py)
     spool/<upload>          bytes of uploads (spool.py)
+    roster.json             who may be in a secure sum, if the publisher signed it (roster.py)
     files/<sha256>          adapters of open rounds
     results/<sha256>        deltas for the coordinator (results.py); no device can fetch them
 
@@ -22,29 +23,38 @@ population = 1000
 noise_multiplier = 2.0
 clipping_norm = 1.0
 
+[secure_aggregation]                deltas go up in a sum that hides each of them from this gateway
+minimum = 20                        updates in a sum; at least min_cohort in any case
+stage_s = 30.0                      deadline of each of the five stages after training
+
 [record_privacy]                    needed for runs with [privacy]: one mechanism for all devices
 records = 400                       a device samples each record with chance batch_size / records
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.secagg.fixed_point import Grid, ring_for
 from anabranch.protocols.tables import Count, Fraction, Name, Positive
 
 GATEWAY_FILE = "gateway.toml"
 MESSAGE = 4096  # bytes of a message beside a chunk
+KEYS = 512  # bytes of one device's keys in a message, at most
+MAX_SECURE = 1000  # devices of a secure sum: all their keys travel in one message
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Host = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}\Z")]
 HexKey = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Delta = Annotated[float, msgspec.Meta(gt=0, lt=0.1)]
 Seconds = Annotated[float, msgspec.Meta(ge=300, le=3600)]
+StageSeconds = Annotated[float, msgspec.Meta(ge=5)]  # a device that waits calls every 1 to 2
 Chunk = Annotated[int, msgspec.Meta(ge=1024, le=1 << 20)]
 
 
@@ -93,6 +103,19 @@ class RecordPrivacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     delta: Delta | None = None  # None: that of the run, else 1 / (10 max_examples)
 
 
+class SecureSums(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[secure_aggregation]: the gateway learns the sum of its devices' deltas, and no delta."""
+
+    minimum: Annotated[int, msgspec.Meta(ge=2)] = 3  # updates in a sum; min_cohort if that is more
+    threshold: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 2 / 3  # share that must stay
+    colluding: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.1  # share that may help the gateway
+    range: Positive = 4.0  # every value of a delta lies in [-range, range]
+    value_bits: Annotated[int, msgspec.Meta(ge=8, le=32)] = 20  # per value, at least
+    ring: Literal[16, 24, 32, 64] | None = None  # bits; None: the narrowest that holds the sum
+    keystream: Literal["fastest", "aes-256-ctr", "chacha20"] = "chacha20"
+    stage_s: StageSeconds = 30.0  # deadline of each of the five stages
+
+
 class GatewayFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """gateway.toml."""
 
@@ -113,6 +136,7 @@ class GatewayFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     limits: Limits = Limits()
     client_privacy: ClientPrivacy | None = None
     record_privacy: RecordPrivacy | None = None
+    secure_aggregation: SecureSums | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -130,6 +154,8 @@ def _check(file: GatewayFile) -> None:
             f"limits.message_bytes = {limits.message_bytes}: expected at least {MESSAGE} more than "
             f"chunk_bytes = {limits.chunk_bytes}, as a chunk travels in one message"
         )
+    if file.secure_aggregation is not None:
+        _check_secure(file, file.secure_aggregation)
     private = file.client_privacy
     if private is None:
         return
@@ -147,6 +173,47 @@ def _check(file: GatewayFile) -> None:
         )
 
 
+def _check_secure(file: GatewayFile, secure: SecureSums) -> None:
+    if file.client_privacy is not None:
+        raise ValueError(
+            "[secure_aggregation] does not go with [client_privacy]: this gateway would clip and "
+            "noise deltas that it does not see; leave one of the two out"
+        )
+    if file.clipping_norm is not None:
+        raise ValueError(
+            "[secure_aggregation] does not go with clipping_norm: nobody clips what nobody sees; "
+            "secure_aggregation.range bounds every value"
+        )
+    if secure.threshold < (1 + secure.colluding) / 2:
+        raise ValueError(
+            f"secure_aggregation.threshold = {secure.threshold:g}: expected at least (1 + "
+            f"colluding) / 2 = {(1 + secure.colluding) / 2:g}, or both secrets of a device could "
+            "be collected"
+        )
+    if secure.minimum > file.cohort:
+        raise ValueError(
+            f"secure_aggregation.minimum = {secure.minimum} is above cohort = {file.cohort}: no "
+            "sum would be opened before the deadline"
+        )
+    if file.cohort * file.over_selection > MAX_SECURE:
+        raise ValueError(
+            f"[secure_aggregation]: cohort * over_selection = "
+            f"{file.cohort * file.over_selection:g} devices, at most {MAX_SECURE} fit the messages "
+            "of one sum"
+        )
+    needed = KEYS * file.cohort * file.over_selection + MESSAGE
+    if file.limits.message_bytes < needed:
+        raise ValueError(
+            f"[secure_aggregation]: limits.message_bytes = {file.limits.message_bytes}: the keys "
+            f"of all devices of a sum travel in one message, of up to {needed:.0f} bytes"
+        )
+    most = math.ceil(file.cohort * file.over_selection)
+    try:
+        Grid(ring_for(most, secure.value_bits, secure.ring), most, secure.range)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 @dataclass(frozen=True)
 class GatewayFolder:
     """Paths below a gateway's folder."""
@@ -162,6 +229,11 @@ class GatewayFolder:
     def state(self) -> Path:
         """The database."""
         return self.folder / "state.sqlite"
+
+    @property
+    def roster(self) -> Path:
+        """The devices of secure sums, signed by the bundles' publisher (roster.py); optional."""
+        return self.folder / "roster.json"
 
     @property
     def spool(self) -> Path:

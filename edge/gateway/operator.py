@@ -23,11 +23,13 @@ from anabranch.edge.gateway.config import (
     make_private,
 )
 from anabranch.edge.gateway.replies import at
+from anabranch.edge.gateway.roster import read_signed, roster_of, write_roster
 from anabranch.edge.gateway.store import Row, Store, make_store
 from anabranch.edge.runtime.enrol import Invitation
 from anabranch.protocols import rdp
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.identity import authority as identity
+from anabranch.protocols.identity.peer import fingerprint as identity_of
 from anabranch.storage.files import write_atomic
 
 MAX_TOKENS = 10_000  # of one call
@@ -97,6 +99,36 @@ def revoke(folder: Path, device: str) -> None:
         store.close()
 
 
+def roster(folder: Path, out: Path | None = None) -> dict[str, Any]:
+    """Return the devices that may be in secure sums; write them to `out`, to be signed.
+
+    Raises ConfigError for a roster.json that devices would refuse.
+    """
+    paths = GatewayFolder(folder)
+    file, authority = paths.read(), fingerprint(paths)
+    keys = [bytes.fromhex(key) for key in file.bundle_keys]
+    found = read_signed(paths.roster, authority, keys)
+    known = {} if found is None else found.roster.keys
+    store = Store(paths.state)
+    try:
+        peers = store.peers()
+    finally:
+        store.close()
+    if out is not None:
+        write_roster(roster_of(peers), authority, out)
+    return {
+        "devices": [
+            {
+                "device": device,
+                "key": identity_of(key.hex()),
+                "signed": "yes" if known.get(device) == key.hex() else "no",
+            }
+            for device, key in peers.items()
+        ],
+        "signed": found is not None,
+    }
+
+
 def status(folder: Path) -> dict[str, Any]:
     """Return counts, the last rounds, and what privacy was spent."""
     paths = GatewayFolder(folder)
@@ -106,7 +138,8 @@ def status(folder: Path) -> dict[str, Any]:
         rounds = store.rows(
             "SELECT run, number, state, reason, clients, examples, opened, deadline, closed, "
             "(SELECT count(*) FROM tasks WHERE tasks.round = rounds.id) AS tasks, "
-            "(SELECT count(*) FROM counted WHERE counted.round = rounds.id) AS counted "
+            "(SELECT count(*) FROM tasks WHERE tasks.round = rounds.id "
+            "AND tasks.state = 'counted') AS counted "
             "FROM rounds ORDER BY id DESC LIMIT 20"
         )
         plan = file.client_privacy

@@ -1,6 +1,7 @@
 """A round as its devices see it: tasks handed out, uploads begun, deltas counted, each once.
 
     task     handed → counted | refused | aborted            one per (round, device), for ever
+             handed → trained → counted | refused            in a secure round (summing.py)
     round    open → closing → closed | refused               closing.py
 
 A device that asks again gets the task it has. Over-selection: at most ceil(cohort · over_selection)
@@ -24,10 +25,12 @@ from pathlib import Path
 from anabranch.edge.gateway.asking import require_population
 from anabranch.edge.gateway.config import GatewayFile
 from anabranch.edge.gateway.refusals import Exhausted, Gap, Malformed, Superseded, Unknown
+from anabranch.edge.gateway.secure import may_join, read_plan
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Row, Store
 from anabranch.edge.gateway.tasks import (
     HANDED,
+    TRAINED,
     Offer,
     Retry,
     Status,
@@ -37,6 +40,8 @@ from anabranch.edge.gateway.tasks import (
     why_not,
 )
 from anabranch.protocols.errors import PrivacyError, ProtocolError
+
+SUMMED = "the deltas of this round are added in a secure sum; none is uploaded"
 
 
 class Rounds:
@@ -91,13 +96,16 @@ class Rounds:
         table = self.file.record_privacy
         if examples < 1 or (mechanism and table and examples < table.records):
             return False
+        plan = read_plan(self.store, row)
+        if plan is not None and not may_join(plan, device, self.store.peer(device)):
+            return False
         if self.file.client_privacy is not None:
             return self._drawn(db, row, device)
         most = math.ceil(self.file.cohort * self.file.over_selection)
         busy = _one(
             db,
             "SELECT count(*) AS n FROM tasks WHERE round = ? AND (state = 'counted' OR "
-            "(state = 'handed' AND touched > ?))",
+            "(state IN ('handed', 'trained') AND touched > ?))",
             row["id"],
             now - self.file.limits.lease_s,
         )
@@ -136,22 +144,30 @@ class Rounds:
             same = bytes(counted["sha"]) == sha
             state = "COMPLETE" if same else "NOT_WANTED"
             return Status(counted["upload"], size if same else 0, state, "counted already")
-        if row["state"] != "open" or time.time() > row["deadline"] or mine["state"] != HANDED:
+        masked = self.store.row("SELECT * FROM sums WHERE round = ?", row["id"])
+        due = HANDED if masked is None else TRAINED
+        if row["state"] != "open" or time.time() > row["deadline"]:
             return Status("", 0, "NOT_WANTED", why_not(mine, row))
-        most = asked_of(row).max_bytes
-        if not 1 <= size <= most:
-            raise Malformed(f"size: expected 1 to {most} bytes, got {size}")
+        if masked is not None and (mine["state"] != due or masked["state"] != "masked"):
+            return Status("", 0, "NOT_WANTED", SUMMED)
+        if mine["state"] != due:
+            return Status("", 0, "NOT_WANTED", why_not(mine, row))
+        most = asked_of(row).max_bytes if masked is None else masked["masked_bytes"]
+        if not (1 if masked is None else most) <= size <= most:
+            raise Malformed(f"size: expected {'1 to ' * (masked is None)}{most} bytes, got {size}")
         upload = hashlib.sha256(f"{task}/{size}/".encode() + sha).hexdigest()[:32]
-        self._announce(device, task, upload, sha, size)
+        self._announce(device, task, upload, sha, size, due)
         found = self.store.row("SELECT * FROM uploads WHERE id = ?", upload)
         if found is None:
             raise Unknown("upload: replaced meanwhile; call BeginUpload again")
         return Status(upload, found["committed"], "COMPLETE" if found["complete"] else "OPEN")
 
-    def _announce(self, device: str, task: str, upload: str, sha: bytes, size: int) -> None:
+    def _announce(
+        self, device: str, task: str, upload: str, sha: bytes, size: int, due: str
+    ) -> None:
         with self.store.writing() as db:
             mine = _one(db, "SELECT state FROM tasks WHERE id = ?", task)
-            if mine is None or mine["state"] != HANDED:  # its bytes may be counted by now
+            if mine is None or mine["state"] != due:  # its bytes may be counted by now
                 raise Superseded("task: its state changed meanwhile; call BeginUpload again")
             old = _one(db, "SELECT * FROM uploads WHERE task = ?", task)
             if old is not None and old["id"] == upload:
@@ -161,7 +177,7 @@ class Rounds:
             others = _one(
                 db,
                 "SELECT count(*) AS n FROM uploads JOIN tasks ON tasks.id = uploads.task "
-                "WHERE device = ? AND state = 'handed'",
+                "WHERE device = ? AND state IN ('handed', 'trained')",
                 device,
             )
             if others is not None and others["n"] >= self.file.limits.open_uploads:
@@ -185,6 +201,8 @@ class Rounds:
         if counted is not None:
             same = bytes(counted["sha"]) == sha
             return Verdict(same, "" if same else "another delta of this task was counted")
+        if read_plan(self.store, row) is not None:
+            return Verdict(False, SUMMED)
         if row["state"] != "open" or time.time() > row["deadline"] or mine["state"] != HANDED:
             return Verdict(False, why_not(mine, row))
         there = self.store.row("SELECT * FROM uploads WHERE id = ? AND task = ?", upload, task)
@@ -253,7 +271,8 @@ class Rounds:
         self._mine(device, task)
         with self.store.writing() as db:
             db.execute(
-                "UPDATE tasks SET state = 'aborted', reason = ? WHERE id = ? AND state = 'handed'",
+                "UPDATE tasks SET state = 'aborted', reason = ? WHERE id = ? "
+                "AND state IN ('handed', 'trained')",
                 (reason, task),
             )
             old = _one(

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 from grpc_health.v1 import health_pb2
 
-from anabranch.edge.gateway.asking import Opener
+from anabranch.edge.gateway.asking import Mechanism, Opener
 from anabranch.edge.gateway.authority import open_authority
 from anabranch.edge.gateway.closing import AGAIN_S, Closer
 from anabranch.edge.gateway.config import GatewayFile, GatewayFolder
@@ -31,14 +32,23 @@ from anabranch.edge.gateway.published import Shelf
 from anabranch.edge.gateway.refusals import Malformed
 from anabranch.edge.gateway.replies import at, end, only, reading, require_deadline
 from anabranch.edge.gateway.rounds import Rounds
+from anabranch.edge.gateway.secure import Plan
 from anabranch.edge.gateway.service import DOOR_S, Door, Parts, Service
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Store
+from anabranch.edge.gateway.summing import Sums
 from anabranch.edge.generated import edge_pb2
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.messages import Assignment
+from anabranch.protocols.secagg.messages import REPLIES
+from anabranch.protocols.spec import AdapterSpec
 
 NAME = edge_pb2.DESCRIPTOR.services_by_name["EdgeGateway"].full_name
 CLOSE_EVERY_S = 0.25
+# What calls decode. msgspec looks at a type when it is first decoded, and crashes if many threads
+# do so at once; so one thread does, before calls are served.
+DECODED: tuple[Any, ...] = (RunConfig, Assignment, AdapterSpec, Mechanism, Plan, *REPLIES.values())
 DOOR_CALLS = 8  # of enrol_port at once: an Enroll takes a millisecond
 
 log = logging.getLogger(__name__)
@@ -84,23 +94,27 @@ def parts_of(folder: GatewayFolder, file: GatewayFile) -> Parts:
     store = Store(folder.state)
     keys = [bytes.fromhex(key) for key in file.bundle_keys]
     spool = Spool(folder.spool, store)
+    shelf = Shelf(folder.bundles(file), keys, folder.files)
     return Parts(
         file=file,
         authority=open_authority(folder.authority),
         store=store,
-        shelf=Shelf(folder.bundles(file), keys, folder.files),
+        shelf=shelf,
         spool=spool,
         rounds=Rounds(file, store, spool),
+        sums=Sums(file, store, spool, shelf),
         quotas=Quotas(file.limits, store),
     )
 
 
 def start(path: Path) -> Gateway:
     """Serve the gateway in a folder; ConfigError if a port is taken or a file cannot be used."""
+    for kind in DECODED:
+        msgspec.json.Decoder(kind)
     folder = GatewayFolder(path)
     file = folder.read()
     parts = parts_of(folder, file)
-    closer = Closer(folder, file, parts.store, parts.spool)
+    closer = Closer(folder, file, parts.store, parts.spool, parts.sums)
     closer.recover()
     key, certificate = parts.authority.server_credentials(file.hosts)
     chain = certificate + parts.authority.pem  # a device with a fingerprint looks for the root

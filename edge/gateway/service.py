@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import msgspec
 from cryptography.hazmat.primitives import serialization
 
 from anabranch.edge.gateway.authority import (
@@ -30,6 +29,7 @@ from anabranch.edge.gateway.authority import (
 )
 from anabranch.edge.gateway.config import GatewayFile
 from anabranch.edge.gateway.limits import EVERYBODY, Quotas
+from anabranch.edge.gateway.offers import task_of
 from anabranch.edge.gateway.published import Shelf
 from anabranch.edge.gateway.refusals import Denied, Exhausted, Malformed
 from anabranch.edge.gateway.replies import (
@@ -40,21 +40,22 @@ from anabranch.edge.gateway.replies import (
     boundary,
     end,
     only,
-    reference,
     require_capabilities,
     require_deadline,
     require_text,
-    seed_of,
     until_broken,
     window,
 )
 from anabranch.edge.gateway.rounds import Rounds
+from anabranch.edge.gateway.secure import read_plan
 from anabranch.edge.gateway.spool import Spool
 from anabranch.edge.gateway.store import Enrolment, Store
-from anabranch.edge.gateway.tasks import Offer, Retry, Status, asked_of
+from anabranch.edge.gateway.summing import Asked, Sums
+from anabranch.edge.gateway.tasks import Retry, Status
 from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
-from anabranch.edge.runtime.bundle_manifest import MANIFEST, SIGNATURE
 from anabranch.protocols.errors import AnabranchError
+from anabranch.protocols.identity.authority import fingerprint
+from anabranch.protocols.identity.peer import Announced, require_possessed
 from anabranch.protocols.spec import shown
 
 COUNT_EVERY = 16 << 20  # bytes of a download between two notes of them
@@ -74,6 +75,7 @@ class Parts:
     shelf: Shelf
     spool: Spool
     rounds: Rounds
+    sums: Sums
     quotas: Quotas
 
 
@@ -134,6 +136,7 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
             said = request.capabilities
             require_capabilities(said, self._parts.file.limits.max_examples)
             require_text("resume_task", request.resume_task)
+            self._pin(device, request)
             got = self._parts.rounds.check_in(
                 device,
                 examples=said.examples,
@@ -142,9 +145,23 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
             )
             if isinstance(got, Retry):
                 return edge_pb2.CheckInReply(retry=window(got))
-            return edge_pb2.CheckInReply(task=self._task(got))
+            plan = read_plan(self._parts.store, got.round)
+            offered = task_of(self._parts.file, self._parts.shelf, got, plan)
+            return edge_pb2.CheckInReply(task=offered)
 
         return self._unary("CheckIn", context, lambda device: check_in(device, only(requests)))
+
+    def _pin(self, device: str, request: edge_pb2.CheckInRequest) -> None:
+        """Keep the key that a device signs with in secure sums, if it holds it."""
+        key, proof = request.peer_key, request.peer_proof
+        if not key or self._parts.store.peer(device) == key:
+            return
+        if (len(key), len(proof)) != (32, 64):
+            raise Malformed("peer_key: expected 32 bytes, and 64 of peer_proof")
+        certificate = fingerprint(self._parts.authority.certificate)
+        announced = Announced(key=key.hex(), proof=proof.hex())
+        require_possessed(announced, device.encode(), certificate)
+        self._parts.store.pin_peer(device, key)
 
     def Fetch(
         self, requests: Iterator[edge_pb2.FetchRequest], context: Any
@@ -264,6 +281,30 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
 
         return self._unary("Abort", context, lambda device: abort(device, only(requests)))
 
+    def Stage(self, requests: Iterator[edge_pb2.StageRequest], context: Any) -> edge_pb2.StageReply:
+        """Take an answer in a secure sum, and say what comes next."""
+
+        def stage(device: str, request: edge_pb2.StageRequest) -> edge_pb2.StageReply:
+            require_text("task", request.task)
+            require_text("stage", request.stage)
+            got = self._parts.sums.stage(
+                device,
+                request.task,
+                stage=request.stage,
+                reply=request.reply,
+                sha=request.sha256,
+            )
+            if isinstance(got, Retry):
+                return edge_pb2.StageReply(wait=window(got))
+            if isinstance(got, Asked):
+                asked = edge_pb2.SumRequest(stage=got.stage, content=got.content)
+                return edge_pb2.StageReply(request=asked)
+            after = window(self._parts.rounds.retry("come back for the next round"))
+            ended = edge_pb2.SumEnd(counted=got.counted, reason=got.reason, next=after)
+            return edge_pb2.StageReply(ended=ended)
+
+        return self._unary("Stage", context, lambda device: stage(device, only(requests)))
+
     def _unary(self, name: str, context: Any, work: Callable[[str], T]) -> T:
         def admitted() -> T:
             with self._admitted(context) as device:
@@ -282,37 +323,6 @@ class Service(edge_pb2_grpc.EdgeGatewayServicer):
         self._parts.store.require_device(device)
         with self._parts.quotas.call(device):
             yield device
-
-    def _task(self, offer: Offer) -> edge_pb2.Task:
-        row, asked = offer.round, asked_of(offer.round)
-        config, mechanism = asked.assignment.config, asked.mechanism
-        bundle = self._parts.shelf.bundle(row["bundle"])
-        task = edge_pb2.Task(
-            id=offer.task["id"],
-            run=row["run"],
-            round=row["number"],
-            bundle=bundle.manifest.name,
-            bundle_version=bundle.manifest.version,
-            manifest=reference(bundle.named(MANIFEST)),
-            signature=reference(bundle.named(SIGNATURE)),
-            adapter=edge_pb2.FileRef(
-                name="adapter", sha256=bytes.fromhex(row["adapter"]), size=row["adapter_bytes"]
-            ),
-            training=msgspec.json.encode(config.training),
-            part=msgspec.json.encode(asked.assignment.part),
-            uplink=msgspec.json.encode(config.uplink),
-            proximal_mu=config.federation.proximal_mu,
-            seed=seed_of(config.seed, offer.task["id"]),
-            deadline_unix=int(row["deadline"]),
-            chunk_bytes=self._parts.file.limits.chunk_bytes,
-            max_upload_bytes=asked.max_bytes,
-        )
-        if mechanism is not None:
-            task.privacy.noise_multiplier = mechanism.noise_multiplier
-            task.privacy.sample_rate = mechanism.sample_rate
-            task.privacy.clipping_norm = mechanism.clipping_norm
-            task.privacy.delta = mechanism.delta
-        return task
 
     def _status(self, status: Status) -> edge_pb2.UploadStatus:
         return edge_pb2.UploadStatus(

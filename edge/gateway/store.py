@@ -3,11 +3,13 @@
     tokens      one-time enrolment tokens, as SHA-256
     devices     who may call
     rounds      one per (run, number): what was asked, when it ends, how it ended
-    tasks       one per (round, device): handed → counted | refused | aborted
+    tasks       one per (round, device): handed → (trained →) counted | refused | aborted
     uploads     announced bytes of a task, and how many of them are safe
     counted     the deltas that go into a round: one row per task, ever
     traffic     bytes per device and day
     spends      client- and record-level privacy: one row per (run, number, unit)
+    peers       the key that a device signs with in secure sums; the first one stays
+    sums        secure rounds: collecting → running → masked → done
 
 Journal in WAL mode, synchronous = FULL: what a transaction said is on the disk. Every change is
 one BEGIN IMMEDIATE transaction, behind one lock within the process and SQLite's between processes
@@ -74,6 +76,18 @@ CREATE TABLE spends (
 ) WITHOUT ROWID;
 """
 
+# Of secure sums; added to the databases of older gateways when they are opened.
+SUMS = """
+CREATE TABLE IF NOT EXISTS peers (
+  device TEXT PRIMARY KEY REFERENCES devices, key BLOB NOT NULL UNIQUE
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sums (
+  round INTEGER PRIMARY KEY REFERENCES rounds, plan BLOB NOT NULL,
+  state TEXT NOT NULL DEFAULT 'collecting', attempts INTEGER NOT NULL DEFAULT 0,
+  masked_bytes INTEGER NOT NULL DEFAULT 0
+);
+"""
+
 Row = dict[str, Any]
 
 
@@ -104,6 +118,7 @@ class Store:
         if found is None or found["format"] != FORMAT:
             self._db.close()
             raise ConfigError(f"{file}: expected format {FORMAT}, got {found}")
+        self._db.executescript(SUMS)
 
     def close(self) -> None:
         """Close the file; nothing is lost without it."""
@@ -170,6 +185,29 @@ class Store:
         """Note the device's new key; its old certificate runs out by itself."""
         with self.writing() as db:
             db.execute("UPDATE devices SET key = ? WHERE id = ?", (key, device))
+
+    def pin_peer(self, device: str, key: bytes) -> None:
+        """Keep the key that a device signs with in secure sums; Denied for any later one."""
+        with self.writing() as db:
+            db.execute("INSERT INTO peers VALUES (?, ?) ON CONFLICT DO NOTHING", (device, key))
+        if self.peer(device) != key:
+            raise Denied(
+                "peer_key: this device has another one here, or another device has this one; enrol "
+                "again with a new token"
+            )
+
+    def peer(self, device: str) -> bytes | None:
+        """Return the pinned key of a device."""
+        found = self.row("SELECT key FROM peers WHERE device = ?", device)
+        return None if found is None else bytes(found["key"])
+
+    def peers(self) -> dict[str, bytes]:
+        """Return the pinned keys of all devices that are not revoked."""
+        query = (
+            "SELECT device, peers.key AS key FROM peers JOIN devices ON devices.id = device "
+            "WHERE revoked IS NULL ORDER BY device"
+        )
+        return {row["device"]: bytes(row["key"]) for row in self.rows(query)}
 
     def require_device(self, device: str) -> Row:
         """Return the device's row; Denied if it is unknown or revoked."""

@@ -19,6 +19,7 @@ from anabranch.protocols.tables import Uplink
 
 SPARE = 1 << 16  # bytes of a frame beside its values: header and checksum
 HANDED, COUNTED, REFUSED, ABORTED = "handed", "counted", "refused", "aborted"
+TRAINED = "trained"  # of a secure round: the device keeps its delta for the sum
 
 
 @dataclass(frozen=True)

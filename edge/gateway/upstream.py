@@ -5,6 +5,11 @@ the two processes share that file and nothing else. Asked again, it returns the 
 devices sent is counted once, above and below. What leaves is the sum over at least min_cohort
 devices, or noised; no device's name, count or loss.
 
+In a run with [secure_aggregation] the mean itself is kept here, and the gateway is one member of
+the coordinator's sums, as a site is (client/secure.py): its delta is its devices' mean, and what it
+needs between two stages is in client/between.py, for Flower starts a process for each. That hides
+the gateway from the coordinator; [secure_aggregation] of gateway.toml hides devices from it.
+
 With [privacy] it states one mechanism for all devices, and as epsilon what a record has spent on
 a device that was in every private round of this gateway, over all its runs: an upper bound for
 each of them, as far as this gateway asked.
@@ -12,10 +17,18 @@ each of them, as far as this gateway asked.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sized
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from anabranch.client.between import InMemoryFile
+from anabranch.client.kept import InFrame
+from anabranch.client.secure import FOLDER as SECURE
+from anabranch.client.secure import PARTICIPANTS, InFile, Participant
+from anabranch.client.summing import hidden, vector_of
 from anabranch.edge.gateway.aggregate import require_linear
 from anabranch.edge.gateway.asking import Opener
 from anabranch.edge.gateway.config import GatewayFolder
@@ -23,18 +36,34 @@ from anabranch.edge.gateway.published import Shelf
 from anabranch.edge.gateway.results import forget_results
 from anabranch.edge.gateway.store import Row, Store
 from anabranch.edge.gateway.tasks import mechanism_of
+from anabranch.edge.runtime.trust import load_private, new_key
+from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import DataError, RunError
+from anabranch.protocols.errors import BundleError, ConfigError, DataError, RunError
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Evaluated, Trained
+from anabranch.protocols.secagg.floors import NO_LIMITS
+from anabranch.protocols.secagg.member import Answer, Limits
+from anabranch.protocols.secagg.messages import Request
 
 POLL_S = 0.1
 GRACE = 0.8  # share of the margin before the coordinator's deadline in which ending is waited for
 
 
+def own_key(folder: GatewayFolder) -> Ed25519PrivateKey:
+    """Return the key that the gateway signs with in secure sums; made when it is first needed."""
+    file = folder.authority / "peer.key"
+    try:
+        if not file.exists():
+            new_key(file)
+        return load_private(file)
+    except BundleError as error:
+        raise ConfigError(str(error)) from None
+
+
 class GatewaySite:
-    """A SiteLike (client/flower.py) whose records are on the gateway's devices."""
+    """A SiteLike (client/site_like.py) whose records are on the gateway's devices."""
 
     def __init__(
         self,
@@ -96,7 +125,42 @@ class GatewaySite:
                 f"gateway {self.name}: the delta of round {row['number']} cannot be read "
                 f"({error.strerror}); restore {self._folder.results.name}/"
             ) from None
-        return self._report(row), frame
+        if assignment.config.secure_aggregation is None:
+            return self._report(row), frame
+        delta = wire.decode_delta(frame, adapter.spec, assignment.part)
+        member = self._participant(assignment.run)
+        PARTICIPANTS.keep(self._place, member, assignment, adapter, delta)
+        return hidden(self._report(row), assignment.config), b""
+
+    def peer_key(self, run: str, config: RunConfig) -> str | None:
+        """Return its Ed25519 public key in the coordinator's sums, hex; None: the run has none."""
+        return None if config.secure_aggregation is None else self._participant(run).public_key
+
+    def secure(
+        self, assignment: Assignment, request: Request, limits: Limits = NO_LIMITS
+    ) -> Answer:
+        """Answer one stage of a sum of the coordinator; raises as SummingSite says."""
+        return self._participant(assignment.run).answer(assignment, request, limits, vector_of)
+
+    @property
+    def _place(self) -> str:
+        return str(self._folder.folder)
+
+    def _participant(self, run: str) -> Participant:
+        """Return this gateway's part in the secure sums of a run."""
+
+        def make() -> Participant:
+            name = hashlib.sha256(run.encode()).hexdigest()
+            folder = self._folder.folder / SECURE
+            return Participant(
+                self.name,
+                own_key(self._folder),
+                InFile(folder / "given" / name),
+                saved=InFrame(folder / "kept" / name),
+                between=InMemoryFile.of(f"{folder.resolve()}/{name}"),
+            )
+
+        return PARTICIPANTS.of(run, self._place, make)
 
     def evaluate(self, assignment: Assignment, adapter: Adapter) -> Evaluated:
         """Refuse: devices send deltas, no metrics."""

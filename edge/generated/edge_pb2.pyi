@@ -50,12 +50,16 @@ class Capabilities(_message.Message):
     def __init__(self, runtime: _Optional[str] = ..., onnxruntime: _Optional[str] = ..., engines: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., bundles: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("capabilities", "resume_task")
+    __slots__ = ("capabilities", "resume_task", "peer_key", "peer_proof")
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     RESUME_TASK_FIELD_NUMBER: _ClassVar[int]
+    PEER_KEY_FIELD_NUMBER: _ClassVar[int]
+    PEER_PROOF_FIELD_NUMBER: _ClassVar[int]
     capabilities: Capabilities
     resume_task: str
-    def __init__(self, capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., resume_task: _Optional[str] = ...) -> None: ...
+    peer_key: bytes
+    peer_proof: bytes
+    def __init__(self, capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., resume_task: _Optional[str] = ..., peer_key: _Optional[bytes] = ..., peer_proof: _Optional[bytes] = ...) -> None: ...
 
 class RetryWindow(_message.Message):
     __slots__ = ("min_seconds", "max_seconds", "reason")
@@ -89,8 +93,26 @@ class RecordPrivacy(_message.Message):
     delta: float
     def __init__(self, noise_multiplier: _Optional[float] = ..., sample_rate: _Optional[float] = ..., clipping_norm: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
 
+class SecureSum(_message.Message):
+    __slots__ = ("minimum", "threshold", "range", "roster", "roster_signature", "weighting", "colluding")
+    MINIMUM_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    RANGE_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTING_FIELD_NUMBER: _ClassVar[int]
+    COLLUDING_FIELD_NUMBER: _ClassVar[int]
+    minimum: int
+    threshold: float
+    range: float
+    roster: bytes
+    roster_signature: bytes
+    weighting: str
+    colluding: float
+    def __init__(self, minimum: _Optional[int] = ..., threshold: _Optional[float] = ..., range: _Optional[float] = ..., roster: _Optional[bytes] = ..., roster_signature: _Optional[bytes] = ..., weighting: _Optional[str] = ..., colluding: _Optional[float] = ...) -> None: ...
+
 class Task(_message.Message):
-    __slots__ = ("id", "run", "round", "bundle", "bundle_version", "manifest", "signature", "adapter", "training", "part", "uplink", "proximal_mu", "seed", "privacy", "deadline_unix", "chunk_bytes", "max_upload_bytes")
+    __slots__ = ("id", "run", "round", "bundle", "bundle_version", "manifest", "signature", "adapter", "training", "part", "uplink", "proximal_mu", "seed", "privacy", "deadline_unix", "chunk_bytes", "max_upload_bytes", "secure")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +130,7 @@ class Task(_message.Message):
     DEADLINE_UNIX_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECURE_FIELD_NUMBER: _ClassVar[int]
     id: str
     run: str
     round: int
@@ -125,7 +148,8 @@ class Task(_message.Message):
     deadline_unix: int
     chunk_bytes: int
     max_upload_bytes: int
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., bundle: _Optional[str] = ..., bundle_version: _Optional[int] = ..., manifest: _Optional[_Union[FileRef, _Mapping]] = ..., signature: _Optional[_Union[FileRef, _Mapping]] = ..., adapter: _Optional[_Union[FileRef, _Mapping]] = ..., training: _Optional[bytes] = ..., part: _Optional[bytes] = ..., uplink: _Optional[bytes] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[_Union[RecordPrivacy, _Mapping]] = ..., deadline_unix: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., max_upload_bytes: _Optional[int] = ...) -> None: ...
+    secure: SecureSum
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., bundle: _Optional[str] = ..., bundle_version: _Optional[int] = ..., manifest: _Optional[_Union[FileRef, _Mapping]] = ..., signature: _Optional[_Union[FileRef, _Mapping]] = ..., adapter: _Optional[_Union[FileRef, _Mapping]] = ..., training: _Optional[bytes] = ..., part: _Optional[bytes] = ..., uplink: _Optional[bytes] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[_Union[RecordPrivacy, _Mapping]] = ..., deadline_unix: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., max_upload_bytes: _Optional[int] = ..., secure: _Optional[_Union[SecureSum, _Mapping]] = ...) -> None: ...
 
 class CheckInReply(_message.Message):
     __slots__ = ("task", "retry")
@@ -236,3 +260,43 @@ class AbortReply(_message.Message):
     NEXT_FIELD_NUMBER: _ClassVar[int]
     next: RetryWindow
     def __init__(self, next: _Optional[_Union[RetryWindow, _Mapping]] = ...) -> None: ...
+
+class StageRequest(_message.Message):
+    __slots__ = ("task", "stage", "reply", "sha256")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    stage: str
+    reply: bytes
+    sha256: bytes
+    def __init__(self, task: _Optional[str] = ..., stage: _Optional[str] = ..., reply: _Optional[bytes] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class SumRequest(_message.Message):
+    __slots__ = ("stage", "content")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    content: bytes
+    def __init__(self, stage: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
+class SumEnd(_message.Message):
+    __slots__ = ("counted", "reason", "next")
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    counted: bool
+    reason: str
+    next: RetryWindow
+    def __init__(self, counted: _Optional[bool] = ..., reason: _Optional[str] = ..., next: _Optional[_Union[RetryWindow, _Mapping]] = ...) -> None: ...
+
+class StageReply(_message.Message):
+    __slots__ = ("request", "wait", "ended")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    request: SumRequest
+    wait: RetryWindow
+    ended: SumEnd
+    def __init__(self, request: _Optional[_Union[SumRequest, _Mapping]] = ..., wait: _Optional[_Union[RetryWindow, _Mapping]] = ..., ended: _Optional[_Union[SumEnd, _Mapping]] = ...) -> None: ...

@@ -69,6 +69,11 @@ class EdgeGatewayStub:
                 request_serializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.AbortRequest.SerializeToString,
                 response_deserializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.AbortReply.FromString,
                 _registered_method=True)
+        self.Stage = channel.unary_unary(
+                '/anabranch.edge.v1.EdgeGateway/Stage',
+                request_serializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.StageRequest.SerializeToString,
+                response_deserializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.StageReply.FromString,
+                _registered_method=True)
 
 
 class EdgeGatewayServicer:
@@ -123,6 +128,14 @@ class EdgeGatewayServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stage(self, request, context):
+        """One step of a secure sum (docs/secure-aggregation.md). The first call for a task says that it
+        was trained. An answer that is there already, or comes too late, changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EdgeGatewayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -160,6 +173,11 @@ def add_EdgeGatewayServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.AbortRequest.FromString,
                     response_serializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.AbortReply.SerializeToString,
+            ),
+            'Stage': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stage,
+                    request_deserializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.StageRequest.FromString,
+                    response_serializer=anabranch_dot_edge_dot_generated_dot_edge__pb2.StageReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -351,6 +369,33 @@ class EdgeGateway:
             '/anabranch.edge.v1.EdgeGateway/Abort',
             anabranch_dot_edge_dot_generated_dot_edge__pb2.AbortRequest.SerializeToString,
             anabranch_dot_edge_dot_generated_dot_edge__pb2.AbortReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.edge.v1.EdgeGateway/Stage',
+            anabranch_dot_edge_dot_generated_dot_edge__pb2.StageRequest.SerializeToString,
+            anabranch_dot_edge_dot_generated_dot_edge__pb2.StageReply.FromString,
             options,
             channel_credentials,
             insecure,

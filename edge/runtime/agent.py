@@ -4,10 +4,12 @@ What is true is read from the disk and the sensors before every step, so a kill 
 the action that was under way and nothing else. The first line that applies:
 
     facts                                                              action
-    an entry of the spool is past its deadline                         Drop
-    the task has an entry in the spool                                 Finish (forget the task)
+    an entry of the spool is past its deadline, or of a sum whose
+      task is not there any more                                       Drop
+    the task has an entry in the spool that is sent itself             Finish (forget the task)
     the task is past its deadline                                      Expire (forget the task)
     an entry waits; the network is allowed; not backing off            Send
+    the task's entry is for a secure sum; as before                    Join
     a task, its files are here; charging, idle, … (no network needed)  Train
     a task; the network is allowed; not backing off                    Pull
     no task; all conditions hold; the server's time has come           Ask
@@ -69,7 +71,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Drop:
-    """Remove an entry whose deadline has passed."""
+    """Remove an entry that cannot be counted any more."""
 
     entry: Entry
 
@@ -87,6 +89,13 @@ class Expire:
 @dataclass(frozen=True)
 class Send:
     """Send an entry."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Join:
+    """Take the next step of the secure sum that the task's entry is for."""
 
     entry: Entry
 
@@ -114,23 +123,28 @@ class Wait:
     reasons: tuple[str, ...]
 
 
-Action = Drop | Finish | Expire | Send | Train | Pull | Ask | Wait
+Action = Drop | Finish | Expire | Send | Join | Train | Pull | Ask | Wait
 
 
 def decide(facts: Facts) -> Action:
     """Return what to do next (table above). Pure."""
     now, doing, memory = facts.now_unix, facts.doing, facts.memory
     for entry in facts.entries:
-        if entry.expired(now):
+        orphan = entry.secure and (doing is None or doing.task != entry.task)
+        if entry.expired(now) or orphan:
             return Drop(entry)
-    if doing is not None and doing.task in {entry.task for entry in facts.entries}:
+    mine = [one for one in facts.entries if doing is not None and one.task == doing.task]
+    if mine and not mine[0].secure:
         return Finish()
     if doing is not None and now > doing.deadline_unix:
         return Expire()
     offline = only_network(facts.unmet)
     may_call = not offline and _due_s(memory.call_unix, now) <= 0
-    if facts.entries and may_call:
-        return Send(facts.entries[0])
+    for entry in facts.entries if may_call else ():
+        if not entry.secure:
+            return Send(entry)
+    if mine:
+        return Join(mine[0]) if may_call else _wait(facts, offline)
     if doing is not None and doing.ready:
         held = without_network(facts.unmet)
         return _wait(facts, held) if held else Train()
@@ -160,6 +174,11 @@ def reached(memory: Memory, now: float, window: Window | None, rng: random.Rando
     """Return the memory after a call that the gateway answered, with or without a window."""
     ask = memory.ask_unix if window is None else now + window.delay_s(rng)
     return msgspec.structs.replace(memory, failures=0, call_unix=0.0, ask_unix=ask)
+
+
+def called_again(memory: Memory, now: float, window: Window, rng: random.Random) -> Memory:
+    """Return the memory after a step of a secure sum: the next call is due within the window."""
+    return msgspec.structs.replace(memory, failures=0, call_unix=now + window.delay_s(rng))
 
 
 def failed(memory: Memory, now: float, backoff: Backoff, rng: random.Random) -> Memory:

@@ -12,8 +12,14 @@ min_battery = 0.3           share of a full battery
 max_temperature_c = 42.0    150 is as good as no limit
 windows = ["22:00-06:00"]   local time; []: at any time
 
-The file lies in the device's folder (home.py). Without it the conditions stand as above and
-there is no budget.
+[secure_aggregation]        what the device asks of a gateway before its deltas are added to others
+required = true             no delta for the gateway's eyes; only sums of a signed roster
+minimum = 20                updates in a sum, at least
+threshold = 0.5             share of the members that must stay until a sum is opened
+colluding = 0.1             share of the members that may help the gateway, and learn nothing
+
+The file lies in the device's folder (home.py). Without it the conditions stand as above, there is
+no budget, and nothing is required.
 """
 
 from __future__ import annotations
@@ -52,11 +58,21 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     windows: tuple[Window, ...] = ()  # (): at any time
 
 
+class SecureFloors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[secure_aggregation]: the owner's floors; without `required` for secure tasks alone."""
+
+    required: bool = False
+    minimum: Annotated[int, msgspec.Meta(ge=2)] = 2
+    threshold: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.5
+    colluding: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.0
+
+
 class DeviceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """device.toml."""
 
     budget: Budget | None = None  # None: no limit over all trainings
     conditions: Conditions = Conditions()
+    secure_aggregation: SecureFloors = SecureFloors()
 
 
 def read_device(folder: Path) -> DeviceFile:

@@ -168,7 +168,7 @@ def _store(
     begun = task.remembered(home)
     if begun is not None:
         task.forget(home, begun)
-    for path in (home.folder / MEMORY, *home.spool.glob("*" + SUFFIX)):
+    for path in (home.folder / MEMORY, home.peer_key, *home.spool.glob("*" + SUFFIX)):
         path.unlink(missing_ok=True)
     try:
         write_atomic(home.device_key, key_pem(key), PRIVATE)

@@ -3,6 +3,7 @@
 device.key  device.pem  ca.pem  gateway.json      who it is, whom it talks to
 trusted.json                                      public keys whose bundles it opens
 versions.json                                     highest version seen of each bundle
+peer.key  sums.json                               signs in secure sums; what it has given to them
 cache/<sha256>                                    downloaded files, also half of one
 bundles/<name>/<version>/                         verified bundles
 adapters/<name>/                                  personalised adapters, with the one before
@@ -59,6 +60,16 @@ class Home:
     def versions(self) -> Path:
         """The highest version seen of each bundle."""
         return self.folder / "versions.json"
+
+    @property
+    def peer_key(self) -> Path:
+        """Private key that signs in secure sums, mode 0600."""
+        return self.folder / "peer.key"
+
+    @property
+    def sums(self) -> Path:
+        """The secure sums that this device helped to open."""
+        return self.folder / "sums.json"
 
     @property
     def cache(self) -> Path:

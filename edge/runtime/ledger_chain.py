@@ -30,7 +30,7 @@ from anabranch.protocols.chain import (
     Neighbouring,
     require_link,
 )
-from anabranch.protocols.spend import Spend
+from anabranch.protocols.spend import Spend, Unit
 from anabranch.protocols.tables import Count, Fraction, Positive
 from anabranch.storage import chain
 from anabranch.storage.book import Format
@@ -59,6 +59,16 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     time: str
     mechanism: Mechanism = "poisson-subsampled-gaussian"
     neighbouring: Neighbouring = "add-or-remove-one-record"
+
+    @property
+    def skellam(self) -> msgspec.UnsetType:
+        """Return that the noise is Gaussian."""
+        return msgspec.UNSET
+
+    @property
+    def unit(self) -> Unit:
+        """Return that records are protected."""
+        return "record"
 
 
 KINDS: Mapping[str, type[Opened | Reserve | Settle | Adopted]] = {

@@ -7,7 +7,6 @@ to give anything back.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
@@ -21,9 +20,16 @@ import msgspec
 from anabranch.edge.generated import edge_pb2
 from anabranch.edge.runtime import agent, task
 from anabranch.edge.runtime import sync as calls
+from anabranch.edge.runtime.alone import only_one
 from anabranch.edge.runtime.backoff import MAX_WINDOW_S, Backoff, Window
-from anabranch.edge.runtime.conditions import Sensors, Unmet, unmet, without_network
-from anabranch.edge.runtime.device_file import Conditions
+from anabranch.edge.runtime.conditions import (
+    Sensors,
+    Unmet,
+    only_network,
+    unmet,
+    without_network,
+)
+from anabranch.edge.runtime.device_file import Conditions, read_device
 from anabranch.edge.runtime.download import (
     fetch_bundle,
     fetch_frame,
@@ -34,8 +40,11 @@ from anabranch.edge.runtime.download import (
 from anabranch.edge.runtime.engine import EngineName
 from anabranch.edge.runtime.enrol import renew
 from anabranch.edge.runtime.home import Home
+from anabranch.edge.runtime.peer import announced
+from anabranch.edge.runtime.secure_task import require_allowed
 from anabranch.edge.runtime.spool import Entry, Spool
 from anabranch.edge.runtime.steps import Interrupted
+from anabranch.edge.runtime.summing import Sum
 from anabranch.edge.runtime.transport import (
     Gateway,
     GatewayRefused,
@@ -43,11 +52,6 @@ from anabranch.edge.runtime.transport import (
     NotAdmitted,
 )
 from anabranch.protocols.errors import AnabranchError, BundleError, DeviceError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps a second agent away
-    fcntl = None  # type: ignore[assignment]
 
 WATCH_S = 5.0  # between two looks at the conditions while training
 
@@ -77,6 +81,7 @@ class Agent:
 
     def __post_init__(self) -> None:
         self.spool = Spool(self.home.spool)
+        self._sum: Sum | None = None  # under way
 
     def run(self, *, once: bool, train: bool = True) -> None:
         """Work until there is nothing to do now (`once`), or for ever.
@@ -114,10 +119,10 @@ class Agent:
     def _step(self, *, once: bool, train: bool) -> bool:
         """Decide and do; return whether to end."""
         action = agent.decide(self.facts())
-        if isinstance(action, agent.Train) and not train:
+        if isinstance(action, agent.Train | agent.Join) and not train:
             return True
         if isinstance(action, agent.Wait):
-            if once:
+            if once and (self._sum is None or only_network(self.unmet())):
                 self.say(f"waiting: {'; '.join(action.reasons)}")
                 return True
             self.sleep(action.seconds)
@@ -157,6 +162,7 @@ class Agent:
         begun = task.remembered(self.home)
         if isinstance(action, agent.Drop):
             self.spool.remove(action.entry.task)
+            self._sum = None
             self._note(f"delta of task {action.entry.task} dropped: its deadline has passed")
         elif isinstance(action, agent.Send):
             self._send(action)
@@ -171,7 +177,12 @@ class Agent:
             self._note(f"task {begun.id} forgotten: its deadline has passed")
         else:
             with self._given_back(begun):
-                self._pull(begun) if isinstance(action, agent.Pull) else self._train(begun)
+                if isinstance(action, agent.Join):
+                    self._join(begun, action.entry)
+                elif isinstance(action, agent.Pull):
+                    self._pull(begun)
+                else:
+                    self._train(begun)
 
     def _ask(self) -> None:
         if renew(self.home, self.gateway):
@@ -180,7 +191,7 @@ class Agent:
         told = calls.capabilities(
             self.home, 0 if self.data is None else calls.count_records(self.data)
         )
-        got = calls.check_in(self.gateway, told)
+        got = calls.check_in(self.gateway, told, peer=announced(self.home))
         self._told(told.examples)
         if isinstance(got, Window):
             self._reached(got)
@@ -191,6 +202,7 @@ class Agent:
         got.deadline_unix = min(got.deadline_unix, longest)  # no gateway keeps a device for longer
         try:
             task.checked(got)
+            require_allowed(got, read_device(self.home.folder).secure_aggregation, self.home)
         except AnabranchError as error:
             self._give_back(got, error)
             raise
@@ -240,6 +252,27 @@ class Agent:
         word = "accepted" if verdict.accepted else f"refused: {verdict.reason}"
         self._note(f"delta of task {entry.task} {word}")
 
+    def _join(self, begun: edge_pb2.Task, entry: Entry) -> None:
+        """Take the next step of a secure sum. The task goes first: else it would train again."""
+        if self._sum is None or self._sum.task.id != begun.id:
+            self._tell(entry)
+            self._sum = Sum(self.home, begun, entry, self.spool)
+            self._note(f"task {begun.id}: ready for the secure sum of round {begun.round}")
+        try:
+            outcome = self._sum.step(self.gateway)
+        except GatewayRefused as error:
+            outcome = calls.Verdict(accepted=False, reason=str(error), window=None)
+        if isinstance(outcome, Window):
+            memory = agent.read_memory(self.home)
+            self._remember(agent.called_again(memory, self.now(), outcome, self.rng))
+            return
+        self._sum = None
+        task.forget(self.home, begun)
+        self.spool.remove(entry.task)
+        self._reached(outcome.window)
+        word = "is in the sum" if outcome.accepted else f"is in no sum: {outcome.reason}"
+        self._note(f"delta of task {entry.task} {word}")
+
     def _tell(self, entry: Entry) -> None:
         """Check in once more if there are more records than then: as many as told are counted.
 
@@ -280,7 +313,9 @@ class Agent:
             raise
 
     def _give_back(self, begun: edge_pb2.Task, error: AnabranchError) -> None:
+        self._sum = None
         task.forget(self.home, begun)
+        self.spool.remove(begun.id)
         try:
             self._reached(calls.abort(self.gateway, begun.id, type(error).__name__))
         except DeviceError as unreachable:
@@ -301,21 +336,3 @@ class Agent:
 
     def _remember(self, memory: agent.Memory) -> None:
         agent.write_memory(self.home, memory)
-
-
-@contextmanager
-def only_one(home: Home) -> Iterator[None]:
-    """Keep other processes from working for the same device; the lock ends with the process."""
-    home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(home.folder / ".agent.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeviceError(
-                f"{home.folder}: another process works for this device; stop it first"
-            ) from None
-        yield
-    finally:
-        os.close(handle)

@@ -49,6 +49,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     examples: Number
     steps: Number
     deadline_unix: Number  # the gateway refuses later commits
+    secure: bool = False  # it goes into a secure sum (summing.py) and is never sent itself
 
     def expired(self, now_unix: float) -> bool:
         """Return whether the gateway refuses it by now."""
@@ -63,7 +64,14 @@ class Spool:
     limit: int = MAX_SPOOL  # bytes
 
     def put(
-        self, task: str, frame: bytes, *, examples: int, steps: int, deadline_unix: int
+        self,
+        task: str,
+        frame: bytes,
+        *,
+        examples: int,
+        steps: int,
+        deadline_unix: int,
+        secure: bool = False,
     ) -> Entry:
         """Store a delta durably and return its entry; the one that is there if there is one.
 
@@ -80,6 +88,7 @@ class Spool:
             examples=examples,
             steps=steps,
             deadline_unix=deadline_unix,
+            secure=secure,
         )
         head = msgspec.json.encode(entry)
         data = MAGIC + len(head).to_bytes(4, "little") + head + frame

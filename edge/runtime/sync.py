@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from anabranch.edge.runtime.home import Home
 from anabranch.edge.runtime.spool import Entry, Spool
 from anabranch.edge.runtime.transport import Gateway, GatewayUnavailable
 from anabranch.protocols.errors import DataError, ProtocolError
+from anabranch.protocols.identity.peer import Announced
 from anabranch.storage.files import digest_of
 
 CHUNK = 64 << 10  # bytes, unless the gateway says otherwise
@@ -47,16 +49,28 @@ class Verdict:
     window: Window | None  # when to ask for the next task
 
 
+class Source(Protocol):
+    """Where the bytes of an entry are: the spool, or memory."""
+
+    def chunks(self, entry: Entry, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, bytes) from `offset` on."""
+
+
 def window_of(window: edge_pb2.RetryWindow) -> Window:
     """Return a server's window; nonsense in it is cut to what is sensible."""
     return Window(min_s=window.min_seconds, max_s=window.max_seconds)
 
 
 def check_in(
-    gateway: Gateway, capabilities: edge_pb2.Capabilities, resume: str = ""
+    gateway: Gateway,
+    capabilities: edge_pb2.Capabilities,
+    resume: str = "",
+    peer: Announced | None = None,
 ) -> edge_pb2.Task | Window:
     """Return a task, or when to ask again. Raises ProtocolError for an answer that is neither."""
     request = edge_pb2.CheckInRequest(capabilities=capabilities, resume_task=resume)
+    if peer is not None:
+        request.peer_key, request.peer_proof = map(bytes.fromhex, (peer.key, peer.proof))
     reply = gateway.check_in(request)
     outcome = reply.WhichOneof("outcome")
     if outcome == "task":
@@ -83,12 +97,23 @@ def send(gateway: Gateway, spool: Spool, entry: Entry) -> Verdict:
     """
     if not spool.is_whole(entry):
         return Verdict(accepted=False, reason="damaged on this device's disk", window=None)
+    status = transferred(gateway, spool, entry)
+    if status.state == _State.NOT_WANTED:
+        return Verdict(accepted=False, reason=status.reason or "not wanted", window=None)
+    return _committed(gateway, entry, status.upload)
+
+
+def transferred(gateway: Gateway, source: Source, entry: Entry) -> edge_pb2.UploadStatus:
+    """Send what the gateway does not have of an entry's bytes; COMPLETE or NOT_WANTED at the end.
+
+    Raises as `send`.
+    """
     status = _announced(gateway, entry)
     failures = 0
     while status.state == _State.OPEN:
         before = status.committed
         try:
-            _upload(gateway, spool, entry, status)
+            _upload(gateway, source, entry, status)
         except GatewayUnavailable as error:
             last: GatewayUnavailable | None = error
         else:
@@ -101,9 +126,7 @@ def send(gateway: Gateway, spool: Spool, entry: Entry) -> Verdict:
             )
         if failures:
             gateway.wait(failures)
-    if status.state == _State.NOT_WANTED:
-        return Verdict(accepted=False, reason=status.reason or "not wanted", window=None)
-    return _committed(gateway, entry, status.upload)
+    return status
 
 
 def _announced(gateway: Gateway, entry: Entry) -> edge_pb2.UploadStatus:
@@ -121,11 +144,11 @@ def _announced(gateway: Gateway, entry: Entry) -> edge_pb2.UploadStatus:
     return status
 
 
-def _upload(gateway: Gateway, spool: Spool, entry: Entry, status: edge_pb2.UploadStatus) -> None:
+def _upload(gateway: Gateway, source: Source, entry: Entry, status: edge_pb2.UploadStatus) -> None:
     size = min(max(status.chunk_bytes or CHUNK, MIN_CHUNK), MAX_CHUNK)
 
     def chunks() -> Iterator[edge_pb2.UploadChunk]:
-        for offset, data in spool.chunks(entry, status.committed, size):
+        for offset, data in source.chunks(entry, status.committed, size):
             yield edge_pb2.UploadChunk(
                 upload=status.upload, offset=offset, data=data, crc32=zlib.crc32(data)
             )

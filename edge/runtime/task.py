@@ -41,6 +41,7 @@ from anabranch.edge.runtime.private import (
     require_private,
     run_privately,
 )
+from anabranch.edge.runtime.secure_task import require_secure
 from anabranch.edge.runtime.spool import MAX_TASK, Entry, Spool
 from anabranch.edge.runtime.training import Checkpoints, Trained, num_steps, train
 from anabranch.protocols.adapter import Delta
@@ -75,6 +76,7 @@ class Work:
     privacy: edge_pb2.RecordPrivacy | None
     deadline_unix: int
     max_upload_bytes: int
+    secure: edge_pb2.SecureSum | None = None
 
 
 class _Reserved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,7 +112,10 @@ def checked(task: edge_pb2.Task) -> Work:
         privacy=task.privacy if task.HasField("privacy") else None,
         deadline_unix=task.deadline_unix,
         max_upload_bytes=task.max_upload_bytes,
+        secure=task.secure if task.HasField("secure") else None,
     )
+    if work.secure is not None:
+        require_secure(work.id, work.secure, work.part, work.uplink)
     if work.uplink.error_feedback:
         raise ProtocolError(f"task {task.id}: error feedback is not done on devices")
     return work
@@ -187,6 +192,7 @@ def perform(
         examples=len(records),
         steps=steps,
         deadline_unix=work.deadline_unix,
+        secure=work.secure is not None,
     )
 
 

@@ -11,8 +11,9 @@
 GatewayUnavailable means "later": the caller waits (backoff.py) and goes on where it stopped.
 GatewayRefused means that the same call will be refused again; NotAdmitted, that every call will,
 until somebody does something about the device's enrolment. Every call has a deadline, so a
-gateway that says nothing costs seconds. CheckIn, BeginUpload, Commit and Abort are idempotent by
-protocols/edge.proto, Enroll for one token and key; Fetch and Upload are resumed by their callers.
+gateway that says nothing costs seconds. CheckIn, BeginUpload, Commit, Stage and Abort are
+idempotent by protocols/edge.proto, Enroll for one token and key; Fetch and Upload are resumed by
+their callers.
 """
 
 from __future__ import annotations
@@ -138,6 +139,11 @@ class Gateway:
     def abort(self, request: edge_pb2.AbortRequest) -> edge_pb2.AbortReply:
         """Give a task back."""
         reply: edge_pb2.AbortReply = self._repeated(self._stub.Abort, request)
+        return reply
+
+    def stage(self, request: edge_pb2.StageRequest) -> edge_pb2.StageReply:
+        """Take the next step of a secure sum; an answer that is there is not taken twice."""
+        reply: edge_pb2.StageReply = self._repeated(self._stub.Stage, request)
         return reply
 
     def fetch(self, request: edge_pb2.FetchRequest) -> Iterator[edge_pb2.Chunk]:

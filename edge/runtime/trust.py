@@ -117,13 +117,19 @@ def public_bytes(key: Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
-def sign(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
+def sign(manifest: bytes, key: Ed25519PrivateKey, prefix: bytes = PREFIX) -> bytes:
     """Return the content of manifest.sig for the bytes of a manifest."""
-    signature = key.sign(PREFIX + manifest)
+    signature = key.sign(prefix + manifest)
     return msgspec.json.encode(_Signature(key=public_bytes(key).hex(), signature=signature.hex()))
 
 
-def verify_signature(manifest: bytes, signature: bytes, trusted: Sequence[bytes]) -> bytes:
+def verify_signature(
+    manifest: bytes,
+    signature: bytes,
+    trusted: Sequence[bytes],
+    prefix: bytes = PREFIX,
+    what: str = "manifest.json",
+) -> bytes:
     """Return the trusted key that signed `manifest`.
 
     Raises BundleError: no key is trusted, manifest.sig is not what `sign` writes, its key is not
@@ -143,10 +149,10 @@ def verify_signature(manifest: bytes, signature: bytes, trusted: Sequence[bytes]
         )
     try:
         public = Ed25519PublicKey.from_public_bytes(key)
-        public.verify(bytes.fromhex(claimed.signature), PREFIX + manifest)
+        public.verify(bytes.fromhex(claimed.signature), prefix + manifest)
     except (InvalidSignature, ValueError):
         raise BundleError(
-            "signature: does not fit manifest.json; one of them was changed: fetch the bundle again"
+            f"signature: does not fit {what}; one of them was changed: fetch the bundle again"
         ) from None
     return key
 

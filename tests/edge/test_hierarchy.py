@@ -1,7 +1,9 @@
 """The whole hierarchy as its operators start it: a SuperLink, a site, a gateway with three devices.
 
-Every party is a process of its own; the devices have another Python, without torch. The adapter
-at the end is compared with weighted means over the same records in this process.
+Every party is a process of its own; the devices have another Python, without torch. Site and
+gateway are members of secure sums, each stage answered by another process: Flower starts one for
+each message. The adapter at the end is compared with weighted means over the same records in this
+process.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -71,6 +74,12 @@ learning_rate = 0.01
 rounds = 2
 quorum = 2
 deadline_s = 30
+
+[secure_aggregation]
+minimum = 2
+threshold = 0.5
+colluding = 0.0
+value_bits = 24
 """
 BONE, HEART = "acute fracture of the left femur", "chronic heart failure"
 WORDS = ["acute", "chronic", "left", "right", "with", "and", "type", "infarction"]
@@ -284,9 +293,8 @@ def test_a_site_and_a_gateway_of_three_devices_train_one_adapter(
     run = tmp_path / "run.toml"
     run.write_text(text)
     validation = write_csv(tmp_path / "validation.csv", records(20, seed=1))
-    site = write_site(
-        tmp_path / "hospital", "hospital", write_csv(tmp_path / "h.csv", records(16, 2))
-    )
+    table = write_csv(tmp_path / "h.csv", records(16, 2))
+    site = write_site(tmp_path / "hospital", "hospital", table)
     output = tmp_path / "runs" / "first"
     with place_of(tmp_path, run, validation) as place:
         with SuperLink(tmp_path) as link:
@@ -297,7 +305,7 @@ def test_a_site_and_a_gateway_of_three_devices_train_one_adapter(
             first_round(place)
             place.wait_for_round(2)
             second_round(place)
-            process.wait(90)
+            process.wait(150)
             shown = link.log("flwr-run")
         assert (output / "summary.json").exists(), shown
         rounds = [place.row(number) or {} for number in (1, 2)]
@@ -312,7 +320,11 @@ def test_a_site_and_a_gateway_of_three_devices_train_one_adapter(
         assert "site_failed" not in {event["kind"] for event in events}
         assert place.server.stop() == 0
         config = parse(text, source="run.toml")
-        here = expected(place, config, site, next(e["run"] for e in events if "run" in e))
+        clear = msgspec.structs.replace(config, secure_aggregation=None)
+        same = write_site(tmp_path / "same", "hospital", table)  # it has answered nothing yet
+        here = expected(place, clear, same, next(e["run"] for e in events if "run" in e))
+        sums = [event for event in events if event["kind"] == "secure_sum"]
+        assert [event["survivors"] for event in sums] == [["hospital", "north"]] * 2
     frame = (output / "checkpoints" / "round-0002.adapter").read_bytes()
     there, start = wire.decode_adapter(frame, here.spec), initial_adapter(config)
     for name, array in here.arrays.items():

@@ -22,7 +22,7 @@ from anabranch.edge.gateway.authority import (
 from anabranch.edge.gateway.refusals import Denied, Malformed
 from anabranch.edge.gateway.store import Enrolment, Store, make_store
 from anabranch.protocols.errors import ConfigError
-from benchmarks.edge.gateway_load import request_of
+from benchmarks.edge.gateway_devices import request_of
 
 
 @pytest.fixture(scope="module")

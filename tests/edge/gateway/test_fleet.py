@@ -20,15 +20,12 @@ from anabranch.edge.gateway.config import Limits
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.spec import AdapterSpec
+from benchmarks.edge.gateway_devices import Device, Died, enrol_many, patiently
 from benchmarks.edge.gateway_load import (
-    Device,
-    Died,
     adapter_of,
     delta_of,
-    enrol_many,
     new_gateway,
     opener_of,
-    patiently,
     serve,
     spec_of,
 )

@@ -7,6 +7,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from anabranch.edge.generated import edge_pb2
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError
-from benchmarks.edge.gateway_load import HOST, Device, delta_of, enrol_many
+from benchmarks.edge.gateway_devices import HOST, Device, enrol_many
+from benchmarks.edge.gateway_load import delta_of
 from tests.gateway_cases import open_round, row_of
 
 Fleet = Callable[..., Any]
@@ -72,9 +74,9 @@ def test_a_new_announcement_does_not_remove_a_delta_that_was_counted_meanwhile(
     rounds = gateway.parts.rounds
     announce = rounds._announce
 
-    def late(name: str, task: str, upload: str, sha: bytes, size: int) -> None:
+    def late(name: str, task: str, upload: str, sha: bytes, size: int, due: str) -> None:
         assert device.commit(frame).accepted
-        announce(name, task, upload, sha, size)
+        announce(name, task, upload, sha, size, due)
 
     begin = edge_pb2.BeginUploadRequest(task=device.task.id, sha256=bytes(32), size=len(other))
     monkeypatch.setattr(rounds, "_announce", late)
@@ -328,7 +330,7 @@ def test_a_plan_that_was_changed_during_a_round_ends_it_with_nothing(
     row = open_round(gateway.opener, adapter)
     plan = None if change is None else msgspec.convert(PLAN | change, ClientPrivacy)
     file = msgspec.structs.replace(gateway.file, client_privacy=plan, min_cohort=1)
-    closer = Closer(gateway.folder, file, gateway.parts.store, gateway.parts.spool)
+    closer = replace(gateway.closer, file=file)
     closer.due(now=row["deadline"])
     row = row_of(gateway.parts.store, row)
     assert (row["state"], row["result"]) == ("refused", None)
@@ -344,7 +346,7 @@ def test_a_plan_that_came_during_a_round_ends_it_with_nothing(
     row = open_round(gateway.opener, adapter)
     plan = msgspec.convert(PLAN, ClientPrivacy)
     file = msgspec.structs.replace(gateway.file, client_privacy=plan)
-    Closer(gateway.folder, file, gateway.parts.store, gateway.parts.spool).due(now=row["deadline"])
+    replace(gateway.closer, file=file).due(now=row["deadline"])
     assert "was changed" in row_of(gateway.parts.store, row)["reason"]
 
 

@@ -16,7 +16,8 @@ from anabranch.edge.gateway.operator import invite, revoke
 from anabranch.edge.generated import edge_pb2, edge_pb2_grpc
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
-from benchmarks.edge.gateway_load import HOST, Device, delta_of, enrol_many, request_of
+from benchmarks.edge.gateway_devices import HOST, Device, enrol_many, request_of
+from benchmarks.edge.gateway_load import delta_of
 from tests.gateway_cases import ended, open_round, row_of
 
 Fleet = Callable[..., Any]

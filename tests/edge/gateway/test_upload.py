@@ -16,14 +16,12 @@ from anabranch.edge.gateway.config import Limits
 from anabranch.edge.generated import edge_pb2
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
+from benchmarks.edge.gateway_devices import Died, enrol_many, patiently
 from benchmarks.edge.gateway_load import (
-    Died,
     adapter_of,
     delta_of,
-    enrol_many,
     new_gateway,
     opener_of,
-    patiently,
     serve,
     spec_of,
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,19 @@ from anabranch.edge.gateway.authority import Authority
 from anabranch.edge.generated import edge_pb2
 from anabranch.edge.runtime import agent, enrol, task
 from anabranch.edge.runtime.agent import Ask, Facts, Memory, Send, decide, read_memory
+from anabranch.edge.runtime.alone import only_one
 from anabranch.edge.runtime.backoff import MAX_WINDOW_S, Backoff, Window
-from anabranch.edge.runtime.conditions import Network, Readings
+from anabranch.edge.runtime.conditions import Readings
 from anabranch.edge.runtime.device_file import Conditions
 from anabranch.edge.runtime.download import PART, prune, wanted
 from anabranch.edge.runtime.home import Home
-from anabranch.edge.runtime.loop import Agent, only_one
+from anabranch.edge.runtime.loop import Agent
 from anabranch.edge.runtime.spool import Spool
 from anabranch.edge.runtime.transport import as_device_error
 from anabranch.protocols.errors import DeviceError, ProtocolError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Training, Uplink
+from tests.edge.agents import GOOD, FakeSensors
 from tests.edge.gateways import (
     SECRET,
     FakeGateway,
@@ -37,23 +38,6 @@ from tests.edge.gateways import (
     new_authority,
     served,
 )
-
-GOOD = Readings(
-    battery=None,
-    charging=None,
-    temperature_c=30.0,
-    network=Network.unmetered,
-    idle=True,
-    local=datetime(2026, 1, 1, 3, 0),
-)
-
-
-@dataclass
-class Sensors:
-    readings: Readings = GOOD
-
-    def read(self) -> Readings:
-        return self.readings
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +75,7 @@ def data(tmp_path: Path) -> Path:
 
 def agent_of(gateway: Any, home: Home, data: Path | None, **fields: Any) -> tuple[Agent, list[str]]:
     said: list[str] = []
-    values: dict[str, Any] = {"conditions": Conditions(), "sensors": Sensors()} | fields
+    values: dict[str, Any] = {"conditions": Conditions(), "sensors": FakeSensors()} | fields
     return Agent(home=home, gateway=gateway, data=data, say=said.append, **values), said
 
 
@@ -169,7 +153,7 @@ def test_a_clock_that_was_set_back_does_not_silence_the_device(home: Home) -> No
 
 def test_a_clock_that_was_set_back_does_not_hide_lost_conditions(home: Home) -> None:
     clock = iter([10_000.0, 10_001.0, 400.0, 400.0, 400.0])
-    hot = Sensors(GOOD)
+    hot = FakeSensors(GOOD)
     one, _ = agent_of(None, home, Path("data"), sensors=hot, now=lambda: next(clock))
     should_stop = one._watch(1e12)
     hot.readings = Readings(
