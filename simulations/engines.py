@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 
 from anabranch.client.app import open_site
 from anabranch.client.flower import SiteLike, client_app
+from anabranch.client.secure import PARTICIPANTS
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError
@@ -96,7 +97,20 @@ def run(
             '"cohort", "ray" or "sequential"'
         )
 
+    if engine == "flower" and workers > 1 and config.secure_aggregation is not None:
+        raise ConfigError(
+            'engine = "flower" with more than one worker does not go with [secure_aggregation]: '
+            "clients move between its processes, and the secrets of a sum stay in one. Set workers "
+            '= 1, or take "cohort", "ray" or "sequential"'
+        )
+
     def coordinate(grid: Grid, **time: Any) -> Result:
+        try:
+            return rounds_over(grid, **time)
+        finally:
+            PARTICIPANTS.forget(run_name)  # what clients of this process kept for secure sums
+
+    def rounds_over(grid: Grid, **time: Any) -> Result:
         settings = {**rounds, **time}
         if not restarts:
             return RoundEngine(grid, config, run=run_name, **settings).run(adapter)
@@ -163,14 +177,15 @@ def _executor(
     base_dtype: BaseDtype,
 ) -> Iterator[Executor]:
     """Yield what answers messages."""
+    alone = config.secure_aggregation is not None
     if engine == "sequential":
         yield one_by_one(_app(clients))
     elif engine == "ray":
         with ray_workers(clients, workers, config, device, base_dtype) as actors:
-            yield Sharded(clients, actors, pinned=_keeps(config))
+            yield Sharded(clients, actors, pinned=_keeps(config), alone=alone)
     elif workers > 1:
         with local_workers(clients, workers, base_dtype) as processes:
-            yield Sharded(clients, processes, pinned=_keeps(config))
+            yield Sharded(clients, processes, pinned=_keeps(config), alone=alone)
     else:
         with _one_thread():
             yield CohortExecutor(site_of(clients), CohortEngine(base_dtype))
@@ -190,6 +205,7 @@ def _one_thread() -> Iterator[None]:
 def _keeps(config: RunConfig) -> bool:
     """Return whether clients keep something from round to round."""
     own = config.kept is not None or config.personal.rank > 0
+    own = own or config.secure_aggregation is not None
     return own or config.uplink.error_feedback or config.privacy is not None
 
 

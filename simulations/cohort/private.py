@@ -61,6 +61,8 @@ def can_batch(local: Local) -> str | None:
     classifier, round = local.classifier, local.private
     if round is None:
         return "it is not a private round"
+    if round.plan.together is not None:
+        return "its noise is added in a secure sum"
     if round.engine != "fast":
         return f'privacy.engine = "{round.engine}": cohorts have gradients of their own'
     if classifier.merged:

@@ -107,18 +107,30 @@ class Sharded:
     """Answers messages with the help of workers; an Executor of VirtualGrid.
 
     With `pinned`, a client is always trained by the same worker: what it keeps between rounds
-    (books on privacy, error feedback, tensors of its own) is that worker's.
+    (books on privacy, error feedback, tensors of its own) is that worker's. With `alone`, that
+    worker answers all of its messages: what a client says of itself, the key that it signs secure
+    sums with, must be said by who has it.
     """
 
     def __init__(
-        self, clients: Clients, workers: Sequence[Worker], *, pinned: bool = False
+        self,
+        clients: Clients,
+        workers: Sequence[Worker],
+        *,
+        pinned: bool = False,
+        alone: bool = False,
     ) -> None:
-        self._clients, self._workers, self._pinned = clients, workers, pinned
+        self._clients, self._workers = clients, workers
+        self._pinned, self._alone = pinned or alone, alone
         self._app = client_app(site_of(clients))
 
     def __call__(self, requests: Sequence[tuple[Message, Context]]) -> list[Message]:
         """Return one reply per request, in order."""
-        heavy = [i for i, (m, _) in enumerate(requests) if m.metadata.message_type in HEAVY]
+        heavy = [
+            i
+            for i, (message, _) in enumerate(requests)
+            if self._alone or message.metadata.message_type in HEAVY
+        ]
         clients = [int(requests[i][1].node_config["partition-id"]) for i in heavy]
         slack = math.inf if self._pinned else SLACK
         shares = share(clients, self._clients.weight, len(self._workers), slack)

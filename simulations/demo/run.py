@@ -5,7 +5,8 @@
 
 Every row of the table is chosen on validation categories and measured once on test
 categories that no model has seen. The run folder is that of the private run; the run
-without privacy is in its folder `without-privacy`.
+without privacy is in its folder `without-privacy`. With `secure` both runs are made once more
+under secure aggregation, and these count: the run folder's, and `secure-without-privacy`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ from anabranch.simulations.experiment import Experiment, federate
 from anabranch.storage.files import write_atomic
 
 CONFIGURATIONS = ("alone", "federated", "private")  # the TOML files of this folder
+SECURE = b"\n[secure_aggregation]\nminimum = 3\n"
+# One step of rate 0.1 on a gradient of norm 1 at most. Adam divides by how large updates are, so
+# the grid has to be fine beside them; the private run's steps are larger.
+RANGE = b"range = 0.1\n"
 QUICK_SHARE = 0.25  # of the records
 QUICK = {"rounds": 3, "int8_tolerance": 0.05}  # hardly trained, so near the borders everywhere
 EXAMPLES = (
@@ -88,16 +93,20 @@ def run_demo(
     device: Device,
     progress: Stages,
     quick: bool = False,
+    secure: bool = False,
 ) -> tuple[dict[str, Any], list[tuple[str, float]]]:
     """Run the whole demo; return summary.json and the int8 model's codes of `texts`.
 
     `quick` takes a part of the records and few rounds: it shows that everything works, not
-    what it can reach. Raises ConfigError if `output` is not empty or the device is not there.
+    what it can reach. `secure` adds a run under secure aggregation, and makes the run with DP
+    under it, too. Raises ConfigError if `output` is not empty or the device is not there.
     """
     started = time.monotonic()
     require_device(device)
     torch.set_num_threads(threads)
     alone_toml, plain_toml, private_toml = (run_toml(n, seed, quick) for n in CONFIGURATIONS)
+    secure_toml = plain_toml + SECURE + RANGE
+    private_toml += SECURE if secure else b""
     plain, private = parse(plain_toml, source="federated"), parse(private_toml, source="private")
     folder = RunFolder.create(output, private_toml)
     progress.stage("records", 1)
@@ -110,7 +119,16 @@ def run_demo(
     private_run = _federate(
         private, private_toml, data, folder, "federated with DP", device, progress
     )
-    for name, one in (("federated", open_run), ("federated_dp", private_run)):
+    sums: list[dict[str, Any]] = []
+    runs = {"federated": open_run, "federated_dp": private_run}
+    if secure:
+        config = parse(secure_toml, source="federated, secure")
+        nested = RunFolder.create(output / "secure-without-privacy", secure_toml)
+        name = "federated, secure aggregation"
+        runs["federated_secure"] = _federate(
+            config, secure_toml, data, nested, name, device, progress, sums
+        )
+    for name, one in runs.items():
         predictions[name] = logits(one.config, one.result.best_adapter, data.test, device=device)
 
     progress.stage("release", 1)
@@ -127,6 +145,7 @@ def run_demo(
             "rounds": len(open_run.result.history),
             "best_round": open_run.result.best_round,
         },
+        "secure_aggregation": _secure(runs, metrics, sums) if secure else None,
         "target_epsilon": private.privacy.epsilon if private.privacy else None,
         "num_test": len(data.test),
         "release": outcome.release_summary(made),
@@ -200,12 +219,16 @@ def _federate(
     name: str,
     device: Device,
     progress: Stages,
+    sums: list[dict[str, Any]] | None = None,
 ) -> Finished:
+    """Return a finished run; `sums` is given what its events say of every secure sum."""
     progress.stage(name, config.federation.rounds)
 
-    def on_event(kind: str, **_: Any) -> None:
+    def on_event(kind: str, **fields: Any) -> None:
         if kind == "round_evaluated":
             progress.advance()
+        if kind == "secure_sum" and sums is not None:
+            sums.append(fields)
 
     experiment = Experiment(
         config=config,
@@ -215,6 +238,23 @@ def _federate(
         device=device,
     )
     return federate(experiment, data.train, folder, on_event)
+
+
+def _secure(
+    runs: Mapping[str, Finished],
+    metrics: Mapping[str, Mapping[str, float]],
+    sums: Sequence[Mapping[str, Any]],
+) -> dict[str, float]:
+    """Return what secure aggregation changed, and what it took in a round."""
+    run, other = runs["federated_secure"].result, runs["federated"].result
+    change = metrics["federated_secure"]["accuracy"] - metrics["federated"]["accuracy"]
+    return {
+        "rounds": len(sums),
+        "accuracy_difference_points": 100 * abs(change),
+        "seconds_per_round": sum(one["seconds"] for one in sums) / len(sums),
+        "bytes_up_per_round": run.bytes_up / len(run.history),
+        "bytes_up_per_round_plain": other.bytes_up / len(other.history),
+    }
 
 
 def _accuracy_by_hospital(
@@ -263,6 +303,7 @@ def _report(
         "linear_probe": "linear probe",
         **{name: name.replace("local.", "alone: ") for name in metrics if "local." in name},
         "federated": "federated",
+        **({"federated_secure": "federated, secure sum"} if "federated_secure" in metrics else {}),
         "federated_dp": f"federated, ε = {epsilon:g}",
         "pooled": "pooled (upper bound)",
     }

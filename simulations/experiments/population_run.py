@@ -34,6 +34,7 @@ import numpy as np
 
 from anabranch.client.models import MODELS, require_device
 from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError
 from anabranch.server.evaluation import initial_adapter
 from anabranch.server.outcome import Finished
@@ -204,7 +205,7 @@ def _clients(experiment: Experiment, world: World, folder: Path) -> PopulationCl
         folder=folder,
         device=experiment.device,
         max_ranks=world.built.max_ranks,
-        books=None if config.privacy is None else SimulatedBooks(),
+        books=SimulatedBooks() if _charged(config) else None,
         conduct=conduct if world.faults is None else world.faults.conduct(conduct),
     )
 
@@ -294,3 +295,9 @@ def _withheld(experiment: Experiment, listed: bool) -> str | None:
         return KNOWN_NOISE
     many = config.privacy is not None and config.client_privacy is None and not listed
     return TOO_MANY if many else None
+
+
+def _charged(config: RunConfig) -> bool:
+    """Return whether clients spend privacy themselves: on records, or in noised secure sums."""
+    sums = config.client_privacy is not None and config.secure_aggregation is not None
+    return config.privacy is not None or sums

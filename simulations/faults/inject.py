@@ -1,18 +1,19 @@
-"""A plan put into a run: what happens to messages, when answers come, how clients behave.
+"""A plan put into a run: what happens to messages, and when answers come.
 
     FaultyJourneys     lost-request, late                 when the answer to a message is there
     FaultyMessages     lost-request, lost-answer, crash,  what client and coordinator get
                        duplicate, corrupt, clock-skew,
                        sign-flip, scale
-    Poisoning, Crashes label-flip, backdoor, crash        what a client of a population does
+    conduct.py         label-flip, backdoor, crash,       what a client of a population does
+                       sign-flip, scale where deltas are masked
 
 What strikes a message depends on the plan, the client, the round and the kind of question, and
 on nothing else: not on the engine, the order or the time. Where several faults strike one
 message they do so in the order lie, clock, corruption, duplicate; what is lost is lost.
 
 A lying client sends a valid message: its delta is read, changed and written again, by the rules
-of the run. Corruption changes bytes as they travel, so a delta that was handed over in this
-process is written first.
+of the run. With [secure_aggregation] no delta travels: see conduct.py. Corruption changes bytes as
+they travel, so a delta that was handed over in this process is written first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import msgspec
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from anabranch.client.data.records import Records
+from anabranch.client.contents import KEPT
 from anabranch.client.flower import (
     DESCRIBE,
     FRAME_TYPE,
@@ -37,12 +38,15 @@ from anabranch.client.flower import (
     unpack_assignment,
     unpack_trained,
 )
+from anabranch.client.stages import STAGE_TYPES
 from anabranch.protocols import messages, wire
 from anabranch.protocols.codecs.codec import CodecName
 from anabranch.protocols.errors import ProtocolError
 from anabranch.protocols.messages import Refused, Trained
-from anabranch.simulations.faults.attacks import LARGEST, backdoor, label_flip, rng_of, scaled
+from anabranch.simulations.faults.attacks import LARGEST, rng_of, scaled
+from anabranch.simulations.faults.conduct import factor_of
 from anabranch.simulations.faults.plan import (
+    Asked,
     Backdoor,
     ClockSkew,
     Corrupt,
@@ -61,7 +65,12 @@ from anabranch.simulations.faults.plan import (
 from anabranch.simulations.grid import around
 from anabranch.simulations.virtual_grid import Bookkeeping, Journeys
 
-ASKED = {DESCRIBE: "describe", "train": "train", "evaluate": "evaluate"}
+ASKED: Mapping[str, Asked] = {
+    DESCRIBE: "describe",
+    "train": "train",
+    "evaluate": "evaluate",
+    **{kind: stage for stage, kind in STAGE_TYPES.items()},
+}
 
 # The largest value that a codec surely holds (protocols/codecs).
 HELD: Mapping[CodecName, float] = {
@@ -174,7 +183,7 @@ class FaultyMessages:
             return []
         if reply.has_error():
             return [reply]
-        factor = float(np.prod([_factor(fault) for fault in faults]))
+        factor = float(np.prod([factor_of(fault) for fault in faults]))
         if factor != 1.0:
             reply = around(reply, lied(reply.content, request.content, factor))
         for fault in faults:
@@ -191,57 +200,11 @@ class FaultyMessages:
         return around(message, corrupted(message.content, fault, rng_of(plan.seed, text)))
 
 
-@dataclass(frozen=True, eq=False)
-class Poisoning:
-    """What lying clients of a population train on (simulations/population, Conduct.poisoned)."""
-
-    plan: FaultPlan
-    index: Mapping[str, int]  # client's name -> its place
-    num_labels: int
-
-    @cached_property
-    def _by_client(self) -> dict[int, list[LabelFlip | Backdoor]]:
-        found: dict[int, list[LabelFlip | Backdoor]] = {}
-        for fault in self.plan.of(LabelFlip, Backdoor):
-            found.setdefault(fault.client, []).append(fault)
-        return found
-
-    def __call__(self, client: str, records: Records) -> Records:
-        """Return what the client trains on: for an honest one, `records` itself."""
-        for fault in self._by_client.get(self.index[client], ()):
-            if isinstance(fault, LabelFlip):
-                records = label_flip(records, self.num_labels)
-            else:
-                records = backdoor(
-                    records,
-                    self.plan.trigger,
-                    target=fault.target,
-                    share=fault.share,
-                    rng=rng_of(self.plan.seed, "backdoor", fault.client),
-                )
-        return records
-
-
-@dataclass(frozen=True, eq=False)
-class Crashes:
-    """Which clients die in training (simulations/population, Conduct.crash)."""
-
-    plan: FaultPlan
-    index: Mapping[str, int]
-
-    @cached_property
-    def _steps(self) -> dict[tuple[int, int], int]:
-        return {(fault.client, fault.round): fault.steps for fault in self.plan.of(Crash)}
-
-    def __call__(self, client: str, number: int) -> int | None:
-        """Return after how many steps of this round the client dies; None: it does not."""
-        return self._steps.get((self.index[client], number))
-
-
 def lied(content: RecordDict, request: RecordDict, factor: float) -> RecordDict:
     """Return an answer to "train" whose delta is `factor` times what it was.
 
-    What is no delta (a refusal, a message that the coordinator will refuse) stays as it is.
+    What is no delta (a refusal, the word that one is kept for a secure sum, a message that the
+    coordinator will refuse) stays as it is.
     """
     if isinstance(content, Handed):
         return hand_over(content.trained, scaled(content.delta, factor))
@@ -293,16 +256,6 @@ def damaged(data: bytes, how: str, rng: np.random.Generator) -> bytes:
             return garbage if garbage != data else garbage[::-1] + b"\0"
 
 
-def _factor(fault: Fault) -> float:
-    match fault:
-        case SignFlip():
-            return -fault.factor
-        case Scale():
-            return fault.factor
-        case _:
-            return 1.0
-
-
 def _skewed(reply: Message, seconds: float) -> Message:
     """Return an answer of a client whose clock is off: when it was made, and how long it took."""
     skewed = around(reply, _timed(reply.content, seconds))
@@ -315,7 +268,7 @@ def _timed(content: RecordDict, seconds: float) -> RecordDict:
     if isinstance(content, Handed):
         return hand_over(_later(content.trained, seconds), content.delta)
     record = content.config_records.get("message")
-    if record is None or record.get("kind") != "trained":
+    if record is None or record.get("kind") not in ("trained", KEPT):
         return content
     text = record["json"]
     assert isinstance(text, bytes)

@@ -18,7 +18,8 @@ faults.toml:
     coordinator     restart
 
 A fault strikes every message of its client, round and kind of question: one that is asked again
-after a restart is struck again. `round = None`, where it is allowed, is every round.
+after a restart, or in another attempt at a secure sum, is struck again. `round = None`, where it
+is allowed, is every round. Drawn faults strike the question "train".
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from anabranch.storage.files import write_atomic
 
 Index = Annotated[int, msgspec.Meta(ge=0)]
 Round = Annotated[int, msgspec.Meta(ge=1)]
-Asked = Literal["describe", "train", "evaluate"]
+Asked = Literal[
+    "describe", "train", "evaluate", "advertise", "share", "mask", "agree", "reveal"
+]  # the last five: stages of a secure sum
 
 
 class LostRequest(
@@ -93,7 +96,7 @@ class Corrupt(
     """Bytes are changed on their way: one bit flipped, the end cut off, or all of it garbage.
 
     The part is the frame with the adapter or delta, or the JSON beside it; a message without a
-    frame is struck in its JSON.
+    frame is struck in its JSON. A masked vector shows no damage: a sum with it is wrong.
     """
 
     client: Index
@@ -178,7 +181,8 @@ class Restart(
     """The coordinator's process dies in a round and is started again after `seconds`.
 
     at  training            after `answers` answers to "train", if so many come
-        merging             merged, and nothing of it kept: the round is asked for again
+        merging             merged, and nothing of it kept: the round is asked for again; one
+                            whose secure sum was opened is lost
         before-checkpoint   the merge is kept, the checkpoint is not written yet
         after-checkpoint    the checkpoint is written, the adapter is not evaluated yet
         after-round         everything of the round is kept

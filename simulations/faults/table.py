@@ -22,12 +22,11 @@ import msgspec
 
 from anabranch.protocols.config import not_finite
 from anabranch.protocols.errors import ConfigError
+from anabranch.simulations.faults.conduct import Crashes, Lies, Poisoning
 from anabranch.simulations.faults.drawing import Rates, draw
 from anabranch.simulations.faults.inject import (
-    Crashes,
     FaultyJourneys,
     FaultyMessages,
-    Poisoning,
     Struck,
 )
 from anabranch.simulations.faults.plan import (
@@ -37,6 +36,8 @@ from anabranch.simulations.faults.plan import (
     Index,
     LabelFlip,
     Restart,
+    Scale,
+    SignFlip,
     Trigger,
     read_plan,
 )
@@ -77,11 +78,13 @@ class Faults:
     def conduct(self, honest: Conduct = HONEST) -> Conduct:
         """Return how the clients of a population behave: `honest`, but for what the plan says."""
         index = {name: i for i, name in enumerate(self.names)}
-        lies = any(self.plan.of(LabelFlip, Backdoor))
+        poisons = any(self.plan.of(LabelFlip, Backdoor))
+        lies = any(self.plan.of(SignFlip, Scale))
         dies = any(self.plan.of(Crash))
         return dataclasses.replace(
             honest,
-            poisoned=Poisoning(self.plan, index, self.num_labels) if lies else honest.poisoned,
+            poisoned=Poisoning(self.plan, index, self.num_labels) if poisons else honest.poisoned,
+            lies=Lies(self.plan, index) if lies else honest.lies,
             crash=Crashes(self.plan, index) if dies else honest.crash,
         )
 

@@ -23,6 +23,7 @@ from anabranch.client.ledger import Limit
 from anabranch.client.membership import fingerprint_of, groups, largest, members_of
 from anabranch.client.privacy import Spend, epsilon_of, require_budget
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.spend import Unit
 
 KEY = bytes(32)  # digests of rows are compared here, and never leave: any key will do
 
@@ -63,7 +64,7 @@ class ClientBooks:
         if not rows:
             raise PrivacyError("0 records: nothing can be trained on privately")
         for limit in limits:
-            for spent in self._spent(limit, rows, run):
+            for spent in self._spent(limit, rows, run, spend.unit):
                 require_budget(
                     spent, spend, epsilon=limit.epsilon, delta=limit.delta, budget=limit.name
                 )
@@ -87,30 +88,38 @@ class ClientBooks:
         self._settled.add(entry)
         return f"simulated:{self.client}:{entry}"
 
-    def spent(self, rows: Sequence[bytes], delta: float) -> float:
+    def spent(self, rows: Sequence[bytes], delta: float, unit: Unit = "record") -> float:
         """Return the largest ε at `delta` that one of these rows has spent."""
-        return max((epsilon_of(spends, delta) for spends in self._by_rows(rows)), default=0.0)
+        return max((epsilon_of(spends, delta) for spends in self._by_rows(rows, unit)), default=0.0)
 
-    def history(self, run: str | None = None) -> list[Spend]:
+    def history(self, run: str | None = None, unit: Unit = "record") -> list[Spend]:
         """Return what was spent on any row, oldest first; of one run, if `run` is given."""
-        return [one.spend for one in self._entries if run is None or one.run == run]
+        return [
+            one.spend
+            for one in self._entries
+            if one.spend.unit == unit and (run is None or one.run == run)
+        ]
 
-    def _spent(self, limit: Limit, rows: Sequence[bytes], run: str) -> list[list[Spend]]:
+    def _spent(
+        self, limit: Limit, rows: Sequence[bytes], run: str, unit: Unit
+    ) -> list[list[Spend]]:
         match limit.over:
             case "run":
-                return [self.history(run)]
+                return [self.history(run, unit)]
             case "site":
-                return [self.history()]
+                return [self.history(unit=unit)]
             case "row":
-                return list(self._by_rows(rows))
+                return list(self._by_rows(rows, unit))
 
-    def _by_rows(self, rows: Sequence[bytes]) -> Iterator[list[Spend]]:
+    def _by_rows(self, rows: Sequence[bytes], unit: Unit) -> Iterator[list[Spend]]:
         """Yield what the rows have spent: one list for each group that can have spent most."""
-        if len(self._sets) == 1 and _digest(rows) in self._known:  # as always in one run
-            yield self.history()
+        alone = len(self._sets) == 1 and _digest(rows) in self._known  # as always in one run
+        if alone or unit == "client":
+            yield self.history(unit=unit)
             return
         for group in largest(groups(members_of(rows, KEY), self._sets)):
-            yield [one.spend for one in self._entries if one.data in group]
+            spends = (one.spend for one in self._entries if one.data in group)
+            yield [spend for spend in spends if spend.unit == unit]
 
     def _add(self, rows: Sequence[bytes]) -> str:
         """Keep a data set; return its fingerprint."""

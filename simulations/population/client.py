@@ -20,21 +20,23 @@ from torch import Tensor
 from anabranch.client.data.records import Records
 from anabranch.client.models import MODELS, Models
 from anabranch.client.private_round import Books
+from anabranch.client.secure_site import Sent
 from anabranch.client.site import Begun, Site
 from anabranch.client.site_file import SiteFile
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.randomness import Randomness
-from anabranch.protocols.adapter import Adapter
+from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, RunError
-from anabranch.protocols.messages import Assignment
+from anabranch.protocols.messages import Assignment, Trained
 from anabranch.protocols.tables import Device, Training
 from anabranch.simulations.population.data import Rows, SharedData
 
 StepLimit = Callable[[str, int, int], int]  # (client, round, planned steps) -> steps it manages
 TrainingOf = Callable[[str, Training], Training]  # (client, the run's) -> its own [training]
 Poisoned = Callable[[str, Records], Records]  # (client, its records) -> what it trains on
+Lies = Callable[[str, Assignment, Delta], Delta]  # (client, round, its delta) -> what it masks
 Crash = Callable[[str, int], int | None]  # (client, round) -> steps until it dies; None: it lives
 
 
@@ -45,6 +47,7 @@ class Conduct:
     step_limit: StepLimit | None = None  # partial work: who manages fewer steps
     training_of: TrainingOf | None = None  # own learning rates, batch sizes, optimisers
     poisoned: Poisoned | None = None  # what a lying client trains on; an honest one: the same
+    lies: Lies | None = None  # what a lying client puts into a secure sum; elsewhere: nobody lies
     crash: Crash | None = None  # whose process dies in training
     noise_seed: int | None = None  # private noise that can be drawn again; None: it cannot
 
@@ -120,6 +123,17 @@ class VirtualSite(Site):
         self, config: RunConfig, classifier: Classifier, held: Records
     ) -> Sequence[Tensor]:
         return self._shared_data.features(config, classifier, self._held)
+
+    def _kept_for_sums(
+        self, assignment: Assignment, adapter: Adapter, trained: Trained, sent: Sent
+    ) -> tuple[Trained, Sent | bytes]:
+        lies = self._conduct.lies
+        if lies is None or assignment.config.secure_aggregation is None:
+            return super()._kept_for_sums(assignment, adapter, trained, sent)
+        assert isinstance(sent, Delta)  # the ring is the codec of such a run
+        lie = lies(self.name, assignment, sent)
+        report, _ = super()._kept_for_sums(assignment, adapter, trained, lie)
+        return report, b""
 
     def _require_planned(self, config: RunConfig) -> None:
         """Refuse conduct that would spend something else than [privacy] has planned."""

@@ -87,7 +87,7 @@ def check_folder(output: Path, summary: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_the_small_demo_as_a_user_runs_it(tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    command = [sys.executable, "-m", "anabranch.cli.main", "demo", "--quick", "--json"]
+    command = [sys.executable, "-m", "anabranch.cli.main", "demo", "--quick", "--secure", "--json"]
 
     done = subprocess.run(
         [*command, "--output", str(output)], capture_output=True, text=True, check=False
@@ -95,7 +95,14 @@ def test_the_small_demo_as_a_user_runs_it(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # a pipe is quiet
-    check_folder(output, json.loads(done.stdout))
+    summary = json.loads(done.stdout)
+    check_folder(output, summary)
+    secure, accuracy = summary["secure_aggregation"], summary["accuracy"]
+    assert secure["rounds"] == 3
+    change = accuracy["federated_secure"] - accuracy["federated"]
+    assert secure["accuracy_difference_points"] == pytest.approx(100 * abs(change))
+    assert abs(change) < 0.003
+    assert 0 < secure["bytes_up_per_round"] < secure["bytes_up_per_round_plain"]
 
 
 @pytest.mark.slow

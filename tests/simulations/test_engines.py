@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +40,7 @@ def assert_same_adapter(a: Result, b: Result) -> None:
         np.testing.assert_allclose(array, b.adapter.arrays[name], rtol=0, atol=1e-5)
 
 
-@pytest.fixture
-def ray_leftovers() -> Iterator[None]:
-    """Ray ends its processes and does not wait for them: let its objects go in here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
-        gc.collect()
-
-
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_leftovers")
 def test_flowers_simulation_runtime_gives_the_same_adapter_as_this_process(
     table_sites: dict[str, Path], capfd: pytest.CaptureFixture[str]
@@ -70,6 +59,7 @@ def test_flowers_simulation_runtime_gives_the_same_adapter_as_this_process(
     assert "flwr" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_leftovers")
 def test_altqr_over_sites_of_unequal_rank_is_the_same_on_both_engines(
     table_sites: dict[str, Path],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from tests.runs import table_text, write_table
 from tests.simulations.superlink import SuperLink, end_group, superlink, wait_for
 
 
+@pytest.mark.slow
 def test_a_superlink_gives_the_same_adapter_as_this_process(
     tmp_path: Path, table_sites: dict[str, Path]
 ) -> None:
@@ -40,6 +42,34 @@ def test_a_superlink_gives_the_same_adapter_as_this_process(
     summary = json.loads((output / "summary.json").read_text())
     assert summary["sites"]["oncology"]["num_examples"] == 24
     assert summary["sites"]["cardiology"]["rounds"] == 2
+
+
+@pytest.mark.slow
+def test_sites_are_summed_where_flower_starts_a_process_for_each_message(
+    tmp_path: Path, table_sites: dict[str, Path]
+) -> None:
+    text = table_text(
+        ("rounds = 2", "rounds = 1\nquorum = 2"),
+        extra="\n[secure_aggregation]\nminimum = 2\nthreshold = 0.5\ncolluding = 0.0\n"
+        "value_bits = 24\n",
+    )
+    (tmp_path / "run.toml").write_text(text)
+    output = tmp_path / "runs" / "first"
+
+    with superlink(tmp_path, table_sites) as link:
+        shown = link.run(f"run='{tmp_path / 'run.toml'}' output='{output}' connect-seconds=90.0")
+
+    assert (output / "summary.json").exists(), shown
+    config = parse(text, source="run.toml")
+    clear = msgspec.structs.replace(config, secure_aggregation=None)
+    here = engines.run("sequential", clear, table_sites, initial_adapter(config), run_name="here")
+    frame = (output / "checkpoints" / "round-0001.adapter").read_bytes()
+    there = wire.decode_adapter(frame, here.adapter.spec)
+    for name, array in here.adapter.arrays.items():
+        np.testing.assert_allclose(there.arrays[name], array, rtol=0, atol=1e-5)
+    log = (output / "events.jsonl").read_text()
+    (summed,) = [e for e in map(json.loads, log.splitlines()) if e["kind"] == "secure_sum"]
+    assert (summed["opened"], summed["survivors"]) == (True, ["cardiology", "oncology"])
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ _MODULES = {
     "anabranch.server.coordinator.running": "run",
 }
 POINTS = {
-    "anabranch.client.agent.work": ("Told.admit", "Told.train"),
+    "anabranch.client.agent.work": ("Told.admit", "Told.train", "Told.secure"),
     "anabranch.client.fleet": ("Fleet._pull", "Fleet.fetch", "Fleet._announce", "Fleet._push"),
     "anabranch.client.tuning.checkpoint": ("Steps.after",),
     "anabranch.server.coordinator.watching": ("Patience.require_wanted",),

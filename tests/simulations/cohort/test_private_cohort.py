@@ -28,7 +28,7 @@ from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Dense, Examples, collate
 from anabranch.client.tuning.lora import load_adapter, read_adapter, trainable_parameters
-from anabranch.client.tuning.private import NOISE_ALONE
+from anabranch.client.tuning.private import NOISE_ALONE, PrivateFit
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.client.tuning.training import Schedule
 from anabranch.protocols.adapter import WHOLE, Adapter
@@ -156,8 +156,8 @@ def require_same(make_all: Callable[[], Sequence[Local]], tolerance: float = 1e-
     require_equal(together, alone, tolerance)
     for ours, theirs in zip(together, alone, strict=True):
         if isinstance(theirs, Learned) and isinstance(ours, Learned):
-            assert ours.private is not None
-            assert theirs.private is not None
+            assert isinstance(ours.private, PrivateFit)
+            assert isinstance(theirs.private, PrivateFit)
             assert ours.private.spend == theirs.private.spend
             assert ours.private.engine == theirs.private.engine
             assert ours.private.clipping_norm == pytest.approx(theirs.private.clipping_norm)
