@@ -131,7 +131,9 @@ for verb in (
 
 @app.command()
 def sites(folder: FederationFolder = FEDERATION, as_json: Json = False) -> int:
-    """List the sites."""
+    """List the sites. With the fingerprints of their peer keys, for owners to compare."""
+    from anabranch.protocols.identity.peer import fingerprint
+
     found = opened(folder).state.sites()
     rows = [
         [
@@ -140,12 +142,13 @@ def sites(folder: FederationFolder = FEDERATION, as_json: Json = False) -> int:
             when(one.joined),
             when(one.expires),
             plain(one.version),
+            "none yet" if one.peer_key is None else fingerprint(one.peer_key),
             plain(one.reason),
         ]
         for one in found
     ]
-    header = ["site", "status", "joined", "certificate until", "version", "reason"]
-    names = ("name", "status", "joined", "expires", "version", "reason", "key", "node")
+    header = ["site", "status", "joined", "certificate until", "version", "peer key", "reason"]
+    names = ("name", "status", "joined", "expires", "version", "reason", "key", "node", "peer_key")
     result = {"sites": [{name: getattr(one, name) for name in names} for one in found]}
     emit(result, table(header, rows), as_json=as_json)
     return 0

@@ -36,8 +36,8 @@ def enroll(
     as_json: Json = False,
 ) -> int:
     """Enrol this device with a gateway. The private key is made here and stays here."""
+    from anabranch.edge.runtime.alone import only_one
     from anabranch.edge.runtime.enrol import Invitation, enrol, read_authority
-    from anabranch.edge.runtime.loop import only_one
 
     place = _home(home)
     pem = None if authority is None else read_authority(authority)
@@ -136,6 +136,7 @@ def _status(place: Home) -> tuple[dict[str, Any], str]:
     found: dict[str, Any] = {
         "device": enrolled.device,
         "gateway": enrolled.address,
+        "peer_key": _peer_key(place),
         "certificate_until": certificate.not_valid_after_utc.isoformat(timespec="seconds"),
         "bundles": sorted(
             f"{path.parent.name} {path.name}" for path in place.folder.glob("bundles/*/[0-9]*")
@@ -152,6 +153,14 @@ def _status(place: Home) -> tuple[dict[str, Any], str]:
     }
     lines = [f"{name:<18} {_shown(value)}" for name, value in found.items()]
     return found, "\n".join(lines)
+
+
+def _peer_key(place: Home) -> str | None:
+    """Return what people compare of the key that signs in secure sums."""
+    from anabranch.edge.runtime.peer import peer_key
+    from anabranch.protocols.identity.peer import fingerprint, public_hex
+
+    return fingerprint(public_hex(peer_key(place))) if place.peer_key.exists() else None
 
 
 def _time(unix: float) -> str:

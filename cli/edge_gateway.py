@@ -130,6 +130,46 @@ def devices(folder: Folder, as_json: Json = False) -> int:
 
 
 @app.command()
+def roster(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the devices' keys here, to be signed.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """List the devices that may be in secure sums, and what the publisher signed of them."""
+    from anabranch.edge.gateway.operator import roster as roster_of
+
+    found = roster_of(folder, out)
+    rows = [[one["device"], one["key"], one["signed"]] for one in found["devices"]]
+    text = table(["device", "key", "signed"], rows)
+    if out is not None:
+        text += (
+            f"\n{out}: {len(rows)} devices; next: `anabranch edge gateway sign-roster {out} --key "
+            f"signing.key` where bundles are made, then copy it to {folder / 'roster.json'}"
+        )
+    emit(found, text, as_json=as_json)
+    return 0
+
+
+@app.command("sign-roster")
+def sign_roster(
+    file: Annotated[Path, typer.Argument(help="What `roster --out` wrote.")],
+    key: Annotated[Path, typer.Option("--key", help="The private key that signs bundles.")],
+    as_json: Json = False,
+) -> int:
+    """Sign a roster: these devices exist, and nobody else is in a secure sum."""
+    from anabranch.edge.gateway.roster import sign_file
+    from anabranch.edge.runtime.trust import load_private
+
+    signed = sign_file(file, load_private(key))
+    count, digest = len(signed.roster.peers), signed.roster.digest
+    text = f"{file}: {count} devices, roster {digest[:16]}…, signed"
+    emit({"file": str(file), "devices": count, "roster": digest}, text, as_json=as_json)
+    return 0
+
+
+@app.command()
 def revoke(
     folder: Folder,
     device: Annotated[str, typer.Argument(help="Its name, as `devices` lists it.")],

@@ -35,6 +35,9 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A quarter of the records, three rounds.")
     ] = False,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Under secure aggregation; compared with without.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Four hospitals learn clinical coding, with DP; minutes."""
@@ -51,6 +54,7 @@ def demo(
             device=device.value,
             progress=progress,
             quick=quick,
+            secure=secure,
         )
     lines = [table(["", "accuracy %", "macro-F1 %"], rows_of(summary)), "", *facts_of(summary)]
     lines += ["", "The int8 model, without torch, codes:"]

@@ -160,7 +160,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            summary["num_examples"][name],
+            "not shown" if (count := summary["num_examples"][name]) is None else count,
             summary["failures"][name],
             f"{summary['epsilon'][name]:.2f}" if name in summary["epsilon"] else "—",
         ]

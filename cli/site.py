@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anabranch.cli import site_agent, site_policy
+from anabranch.cli import site_agent, site_peers, site_policy
 from anabranch.cli.folders import SITE, SiteFolder
 from anabranch.cli.output import Json, emit, table
 
@@ -24,6 +24,7 @@ for verb in (
 ):
     app.command()(verb)
 app.add_typer(site_policy.app, name="policy")
+app.add_typer(site_peers.app, name="peers")
 app.add_typer(site_agent.log, name="log")
 
 
@@ -111,6 +112,12 @@ def _report(report: LedgerReport) -> str:
         lines.append(
             f"budget: epsilon {report.budget.epsilon:g} at delta {report.budget.delta:g}, {over}"
         )
+    if report.client is not None:
+        one = report.client
+        lines.append(
+            f"as one client with all its records: {one.rounds} rounds ({one.open} open), epsilon "
+            f"{one.epsilon:.3f} at delta {one.delta:.1e}; not to be added to the above"
+        )
     if report.imported:
         lines.append(f"imported from an older ledger, charged to every row: {report.imported}")
     if report.records is None:
@@ -143,5 +150,10 @@ def _verified(checked: Verified) -> str:
             *(f"witness: {file}" for file in checked.witnesses),
             "",
             table(header, rows),
+            *(
+                f"Skellam noise, {'client' if of == 'client' else of[:12] + '…'}: epsilon "
+                f"{epsilon:.4f} at delta {delta:.1e}, all its events, by Rényi divergences alone"
+                for of, (epsilon, delta) in checked.renyi.items()
+            ),
         ]
     )

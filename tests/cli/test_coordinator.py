@@ -18,6 +18,7 @@ from anabranch.cli.main import run
 from anabranch.protocols.identity import authority
 from anabranch.protocols.identity.invitation import Invitation, secret_hash
 from anabranch.protocols.identity.join import Join
+from anabranch.protocols.identity.peer import fingerprint
 from anabranch.server.coordinator import enrolment
 from anabranch.server.coordinator.folder import Federation
 from tests.runs import TABLE_RUN
@@ -50,10 +51,24 @@ def federation(coordinator: Command) -> Federation:
     return Federation(Path())
 
 
-def join(federation: Federation, invitation: str) -> None:
+def join(federation: Federation, invitation: str, node: int = 7) -> None:
     request = authority.certificate_request(authority.new_key()).decode()
     ask = Join(secret=Invitation.parse(invitation).secret, request=request, version="1\x1b[2J")
-    enrolment.join(federation, ask, time.time(), lambda _: 7)
+    enrolment.join(federation, ask, time.time(), lambda _: node)
+
+
+def test_sites_are_listed_with_fingerprints_that_owners_can_compare(
+    coordinator: Command, federation: Federation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for node, name in enumerate(("north", "south")):
+        join(federation, coordinator("invite", name)["invitation"], node)
+    federation.state.set_site("north", peer_key="ab" * 32)
+    assert [one["peer_key"] for one in coordinator("sites")["sites"]] == ["ab" * 32, None]
+    assert run(["coordinator", "sites"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "peer key" in lines["site"]
+    assert fingerprint("ab" * 32) in lines["north"]
+    assert "none yet" in lines["south"]
 
 
 def test_an_operator_goes_from_init_to_export(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from anabranch.client.policy.config_rules import CONFIG_RULES
 from anabranch.client.policy.policy_file import default_policy, parse_policy
-from anabranch.client.policy.rules import CONFIG_RULES
 from anabranch.protocols.config import parse
 from anabranch.server.coordinator.folder import Federation
 from tests.server.coordinator.served import free_port
