@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from anabranch.client import flower
+from anabranch.client import contents, flower, stages
 from anabranch.protocols import messages, wire
 from anabranch.protocols.identity import proposal
+from anabranch.protocols.secagg import messages as secagg
+from anabranch.protocols.secagg import terms
+from anabranch.protocols.secagg.member import Answer
 from anabranch.protocols.tables import Uplink
 from anabranch.server.flower import Peer
 from tests.fuzz import mutate
@@ -39,9 +43,36 @@ TRAINED = messages.Trained(
 )  # fmt: skip
 EVALUATED = messages.Evaluated(site="north", num_examples=7, metrics={"accuracy": 0.5})
 REFUSED = messages.Refused(site="north", reason="policy", message="not approved")
-DESCRIBE = flower.Describe(run="r", config=RUN, signed=SIGNED)
+ROSTER = terms.Roster.of(
+    terms.Peer(name=name, key=name[:2].encode().hex() * 16) for name in ("north", "south")
+)
+DESCRIBE = flower.Describe(run="r", config=RUN, signed=SIGNED, roster=ROSTER)
 DESCRIBED = flower.Described(site="north", num_examples=7, held_out=7, max_rank=4)
 
+KEPT = msgspec.structs.replace(TRAINED, num_examples=0, steps=0, loss=None)
+INSTANCE = "cd" * 32
+SUM_ROSTER = terms.Roster(peers=(terms.Peer(name="north", key="ab" * 32),))
+SUM_TERMS = terms.Terms(
+    run="r", round=1, instance=INSTANCE, config="ab" * 32, model="ab" * 32,
+    roster=SUM_ROSTER.digest, members=("north", "south"), minimum=2, threshold=0.5, colluding=0.0,
+    ring=24, limit=4.0, weight=1024, values=4, counters=3, keystream="chacha20",
+)  # fmt: skip
+ADVERT = terms.Advert(name="north", sealing="ab" * 32, masking="cd" * 32, signature="ef" * 64)
+BOX = bytes(secagg.SEALED_BYTES)
+SUM_REQUESTS: tuple[secagg.Request, ...] = (
+    secagg.Invite(terms=SUM_TERMS, roster=SUM_ROSTER),
+    secagg.Adverts(instance=INSTANCE, adverts=(ADVERT,)),
+    secagg.Delivery(instance=INSTANCE, sealed={"south": BOX}),
+    secagg.Survivors(instance=INSTANCE, names=("north", "south")),
+    secagg.Agreement(instance=INSTANCE, signatures={"north": "ef" * 64}),
+)
+SUM_REPLIES: tuple[secagg.Reply, ...] = (
+    ADVERT,
+    secagg.Shares(instance=INSTANCE, commitment="ab" * 32, sealed={"south": BOX}),
+    secagg.Masked(instance=INSTANCE),
+    secagg.Agreed(instance=INSTANCE, signature="ef" * 64),
+    secagg.Reveal(instance=INSTANCE, seeds={"south": bytes(33)}, keys={}),
+)
 
 CONTENTS = (
     flower.pack_assignment(ASSIGNMENT, wire.encode(ADAPTER)),
@@ -49,7 +80,10 @@ CONTENTS = (
     flower.pack_evaluated(EVALUATED),
     flower.pack_refused(REFUSED),
     flower.pack_describe(DESCRIBE),
-    flower._pack(DESCRIBED),
+    contents.pack(DESCRIBED),
+    flower.pack_trained(KEPT, b""),
+    *(stages.pack_request(ASSIGNMENT, request) for request in SUM_REQUESTS),
+    *(stages.pack_reply(Answer(reply, bytes(12))) for reply in SUM_REPLIES),
 )
 UPLINK = Uplink()
 PEER = Peer("north", 1, 7, 7)

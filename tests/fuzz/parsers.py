@@ -24,6 +24,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -32,8 +33,10 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from flwr.app import RecordDict
 
-from anabranch.client import flower
+from anabranch.client import contents, flower
+from anabranch.client.stages import unpack_reply, unpack_request
 from anabranch.protocols import config, messages, wire
 from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.codecs.codec import CodecName
@@ -41,16 +44,18 @@ from anabranch.protocols.errors import (
     AnabranchError,
     ConfigError,
     MalformedMessage,
+    PolicyError,
     ProtocolError,
     RunError,
 )
 from anabranch.protocols.identity import audit, authority, join, proposal
 from anabranch.protocols.identity.invitation import Invitation
+from anabranch.protocols.secagg.messages import STAGES
 from anabranch.server.coordinator import door
 from anabranch.server.coordinator.page.access import by_token
 from anabranch.server.coordinator.state import SiteEntry
-from anabranch.server.flower import read_described, read_evaluated, read_trained
-from tests.fuzz import mutate
+from anabranch.server.flower import read_described, read_evaluated, read_kept, read_trained
+from tests.fuzz import mutate, sums
 from tests.fuzz.contents import (
     ASSIGNMENT,
     DESCRIBE,
@@ -134,11 +139,13 @@ def _fetched(data: bytes) -> None:
 
 def _by_site(data: bytes) -> None:
     content = content_of(data)
-    for unpack in (
+    unpacks: tuple[Callable[[RecordDict], object], ...] = (
         flower.unpack_assignment,
-        lambda content: flower._unpack(content, flower.Describe),
+        lambda content: contents.unpack(content, flower.Describe),
         flower.payload_bytes,
-    ):
+        *(partial(unpack_request, stage=stage) for stage in STAGES),
+    )
+    for unpack in unpacks:
         try:
             unpack(content)
         except ProtocolError:
@@ -150,6 +157,12 @@ def _by_coordinator(data: bytes) -> None:
     flower.payload_bytes(content)
     read_described(content, 1)
     read_evaluated(content, PEER)
+    read_kept(content, PEER, private=False)
+    for stage in STAGES:
+        try:
+            unpack_reply(content, stage)
+        except ProtocolError:
+            continue
     read_trained(content, PEER, spec=SPEC, parts={"north": WHOLE}, uplink=UPLINK)
 
 
@@ -260,6 +273,16 @@ def _identities() -> list[Parser]:
     ]
 
 
+def _sums() -> list[Parser]:
+    refused = (ProtocolError, PolicyError)
+    return [
+        *(_message(sums.SAMPLES[kind.__name__]) for kind in sums.KINDS),
+        Parser("invited", sums.invited, refused, [sums.INVITE], [mutate.json_value]),
+        Parser("adverts-shown", sums.shown_adverts, refused, [sums.ADVERTS], [mutate.json_value]),
+        Parser("advert-sent", sums.sent_advert, refused, [sums.ADVERT], [mutate.json_value]),
+    ]
+
+
 PARSERS = (
     *_frames(),
     *map(_message, (ASSIGNMENT, TRAINED, EVALUATED, REFUSED, DESCRIBE, DESCRIBED)),
@@ -280,6 +303,7 @@ PARSERS = (
         [TABLE_RUN.encode(), TEXT_RUN.encode()],
     ),
     *_identities(),
+    *_sums(),
 )
 
 
