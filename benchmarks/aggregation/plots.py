@@ -10,18 +10,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from anabranch.server.svg import (
-    STYLE,
     WIDTH,
     Markup,
     Scale,
     Unit,
     axis,
+    card,
     element,
     measure,
     number,
     rule,
     spread,
-    text,
     tip,
     write,
 )
@@ -104,19 +103,8 @@ def _panel(title: str, dots: Sequence[Dot], width: float) -> list[Markup]:
 
 def _file(title: str, says: str, body: Sequence[Markup], height: float) -> str:
     """Return a whole SVG file on its own light or dark card."""
-    width, total = WIDTH + 2 * MARGIN, height + 76
-    frame = {"x": 0.5, "y": 0.5, "width": width - 1, "height": total - 1, "rx": 8}
-    return element(
-        "svg",
-        element("title", text(says)),
-        element("style", Markup(STYLE)),
-        element("rect", class_="card", **frame),
+    whole = [
         write(MARGIN, 35, title, "head"),
         element("g", *body, transform=f"translate({number(MARGIN)} 58)"),
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {number(width)} {number(total)}",
-        width=width,
-        height=total,
-        role="img",
-        aria_label=says,
-    )
+    ]
+    return card(says, WIDTH + 2 * MARGIN, height + 76, whole)

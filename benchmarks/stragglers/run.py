@@ -37,7 +37,7 @@ from anabranch.protocols.config import RunConfig, parse
 from anabranch.protocols.messages import Refused
 from anabranch.server.charts import Line, line_chart
 from anabranch.server.evaluation import initial_adapter
-from anabranch.server.svg import STYLE, WIDTH, Markup, Unit, element, number, text
+from anabranch.server.svg import Unit, stacked
 from anabranch.simulations import engines
 from anabranch.simulations.population.client import Conduct
 from anabranch.simulations.population.clients import Partition, PopulationClients, client_name
@@ -196,40 +196,17 @@ def compared(curves: dict[str, list[list[float]]], share: float, rounds: int) ->
 
 
 PANEL = 280.0  # height of a chart of three lines
-MARGIN = 24.0
 
 
 def draw(curves: dict[str, list[list[float]]]) -> str:
     """Return one SVG file: a chart per share of stragglers, one under another."""
-    unit, body = Unit("{:.2f}".format, "{:.2g}".format), []
-    for row, share in enumerate(SHARES):
+    unit, charts = Unit("{:.2f}".format, "{:.2g}".format), []
+    for share in SHARES:
         label = f"global training loss, {share:.0%} stragglers"
-        chart = line_chart(
-            [_line(method, curves[name_of(method, share)]) for method in METHODS],
-            label=label,
-            unit=unit,
-            y_title=label,
-            zero=True,
-        )
-        place = {"x": MARGIN, "y": MARGIN + row * (PANEL + MARGIN)}
-        size = {"width": WIDTH, "height": PANEL}
-        body.append(element("svg", chart, **place, **size))
-    width, height = WIDTH + 2 * MARGIN, MARGIN + len(SHARES) * (PANEL + MARGIN)
-    frame = {"x": 0.5, "y": 0.5, "width": width - 1, "height": height - 1, "rx": 8}
+        lines = [_line(method, curves[name_of(method, share)]) for method in METHODS]
+        charts.append(line_chart(lines, label=label, unit=unit, y_title=label, zero=True))
     says = "Global training loss of FedAvg, partial work and FedProx under stragglers"
-    return element(
-        "svg",
-        element("title", text(says)),
-        element("style", Markup(STYLE)),
-        element("rect", class_="card", **frame),
-        *body,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {number(width)} {number(height)}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label=says,
-    )
+    return stacked(says, charts, PANEL)
 
 
 def _line(method: Method, runs: Sequence[Sequence[float]]) -> Line:
