@@ -27,7 +27,8 @@ test-slow: .venv/installed-all .venv-edge/installed
 	$(BIN)/python -m pytest -m "slow and not long" --timeout 1500
 
 test-faults: .venv/installed-all
-	$(BIN)/python -m pytest tests/faults -m slow --timeout 900
+	$(BIN)/python -m pytest tests/faults tests/server/coordinator/test_secure_superlink.py \
+	  -m slow --timeout 900
 
 check: .venv/installed-all
 	$(BIN)/ruff format --check .
