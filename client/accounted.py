@@ -8,12 +8,12 @@ from pathlib import Path
 
 from anabranch.client.data.records import Records
 from anabranch.client.ledger import Ledger
-from anabranch.client.noised_sum import NoisedSum, Rounds, noised_sum
 from anabranch.client.one_round import Asked
 from anabranch.client.private_round import Books, PrivateRound, open_round
 from anabranch.client.question import Reserving
 from anabranch.client.requirements import without_folders
 from anabranch.client.site_file import SiteFile, ledger_of, witness_folder
+from anabranch.client.sums.noised import NoisedSum, Rounds, noised_sum
 from anabranch.client.tuning.randomness import Randomness
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError

@@ -2,7 +2,7 @@
 
 The SuperNode is started with `--node-config 'site="/path/to/the/site"'`; the folder is
 described in client/site.py. It starts a process for each message: between two stages of a secure
-sum, what the site needs is in memory beside them (client/between.py). This is for a Flower
+sum, what the site needs is in memory beside them (client/sums/between.py). This is for a Flower
 deployment of one's own: there is no policy and no enrolment on this way (docs/joining.md is the
 other), and a site that has joined does not go it.
 """

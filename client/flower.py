@@ -45,7 +45,7 @@ from anabranch.client.site_like import NO_LIMITS as NO_LIMITS
 from anabranch.client.site_like import Rostered as Rostered
 from anabranch.client.site_like import SiteLike as SiteLike
 from anabranch.client.site_like import SummingSite as SummingSite
-from anabranch.client.stages import STAGE_TYPES, pack_reply, unpack_request
+from anabranch.client.sums.stages import STAGE_TYPES, pack_reply, unpack_request
 from anabranch.protocols import messages, wire
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig

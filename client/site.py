@@ -7,7 +7,7 @@
     feedback/        what a codec left out of earlier deltas (feedback.py)
     runs/            the configuration that each run began with
     answers/         its last answers, and where an unfinished round stands (answers.py)
-    secure/          its part in secure sums: what was opened, what waits (secure_site.py)
+    secure/          its part in secure sums: what was given, what waits (sums/site.py)
 
 `Site.train` is the whole way of a delta: contract, base model, prefix cache, local training
 (private if the run says so), ledger, delta, frame. It can be asked again at any time, and its
@@ -57,8 +57,8 @@ from anabranch.client.requirements import (
     require_part,
     require_within_budget,
 )
-from anabranch.client.secure_site import InSums
 from anabranch.client.site_file import SiteFile, read_site
+from anabranch.client.sums.site import InSums
 from anabranch.client.tuning.checkpoint import SECONDS, Watch
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples

@@ -13,8 +13,14 @@ from anabranch.edge.runtime.manifest import FP32, INT8, File
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import Column
-from anabranch.server.statement import LISTED, PrivacyStatement, RunFacts, SitePrivacy, state
-from anabranch.server.statement_text import (
+from anabranch.server.statement.guarantees import (
+    LISTED,
+    PrivacyStatement,
+    RunFacts,
+    SitePrivacy,
+    state,
+)
+from anabranch.server.statement.text import (
     DISCLOSURE_HEAD,
     GROUP_HEAD,
     LEGEND,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from anabranch.client.flower import DESCRIBE
-from anabranch.client.stages import STAGE_TYPES
+from anabranch.client.sums.stages import STAGE_TYPES
 from anabranch.protocols.identity.join import Report
 from anabranch.protocols.secagg.messages import Stage
 from anabranch.server.flower import Question

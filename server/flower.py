@@ -11,7 +11,7 @@ import msgspec
 from flwr.app import RecordDict
 
 from anabranch.client.flower import unpack_described, unpack_evaluated, unpack_trained
-from anabranch.client.stages import unpack_kept
+from anabranch.client.sums.stages import unpack_kept
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import IncompatibleAdapter, MalformedMessage, ProtocolError
 from anabranch.protocols.identity.join import plain

@@ -31,10 +31,16 @@ from anabranch.server.series import (
     site_accuracy,
     site_bars,
 )
-from anabranch.server.statement import LISTED, PrivacyStatement, RunFacts, SitePrivacy, state
-from anabranch.server.statement_json import as_json
+from anabranch.server.statement.as_json import as_json
+from anabranch.server.statement.guarantees import (
+    LISTED,
+    PrivacyStatement,
+    RunFacts,
+    SitePrivacy,
+    state,
+)
 from anabranch.server.store import RunFolder
-from anabranch.server.sums_log import sums_of
+from anabranch.server.sums.log import sums_of
 from anabranch.server.svg import Markup
 
 PACKAGES = (

@@ -57,7 +57,7 @@ from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ReleaseError
 from anabranch.server.card import Checks, RunFacts, model_card
-from anabranch.server.statement import state
+from anabranch.server.statement.guarantees import state
 from anabranch.storage.files import sync_folder, write_atomic
 
 FP32_TOLERANCE = 1e-3  # accuracy, or one record if that is more: ties may break differently

@@ -18,8 +18,8 @@ from anabranch.server.charts import Comparison
 from anabranch.server.figures import Curves
 from anabranch.server.page import ABSENT, paragraph, table
 from anabranch.server.report_parts import privacy_statement, secure_sums
-from anabranch.server.statement import PrivacyStatement
-from anabranch.server.sums_log import SumEvent
+from anabranch.server.statement.guarantees import PrivacyStatement
+from anabranch.server.sums.log import SumEvent
 from anabranch.server.svg import (
     EPSILON,
     LOSS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.server.page import ABSENT, bullets, paragraph, table
-from anabranch.server.statement import PrivacyStatement
-from anabranch.server.statement_text import (
+from anabranch.server.statement.guarantees import PrivacyStatement
+from anabranch.server.statement.text import (
     APART,
     DISCLOSURE_HEAD,
     GROUP_HEAD,
@@ -22,7 +22,7 @@ from anabranch.server.statement_text import (
     site_rows,
     sums_paragraphs,
 )
-from anabranch.server.sums_log import SumEvent, lost_words
+from anabranch.server.sums.log import SumEvent, lost_words
 from anabranch.server.svg import Markup, element, integer, size, text
 
 

@@ -33,9 +33,9 @@ from anabranch.server.client_privacy import PoissonCohorts
 from anabranch.server.desk import answers
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Failure, Peer, Question
-from anabranch.server.secure_rounds import SecureSums
 from anabranch.server.selection import Latencies, asked_for, draw, draw_tier, tiers
 from anabranch.server.shortfall import below_quorum
+from anabranch.server.sums.rounds import SecureSums
 
 SURPLUS = "surplus"  # the reason of a site that was asked, and not needed
 SILENT = frozenset({"deadline", SURPLUS})  # it takes at least as long as it was waited for

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from anabranch.client.app import open_site
 from anabranch.client.flower import SiteLike, client_app
-from anabranch.client.secure import PARTICIPANTS
+from anabranch.client.sums.participant import PARTICIPANTS
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError

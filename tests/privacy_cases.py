@@ -16,7 +16,7 @@ from anabranch.protocols.tables import (
     Training,
 )
 from anabranch.server.aggregation.private import ClientPlan
-from anabranch.server.statement import RunFacts, SitePrivacy
+from anabranch.server.statement.guarantees import RunFacts, SitePrivacy
 
 
 def open_config(**changes: Any) -> RunConfig:

@@ -6,9 +6,10 @@ devices sent is counted once, above and below. What leaves is the sum over at le
 devices, or noised; no device's name, count or loss.
 
 In a run with [secure_aggregation] the mean itself is kept here, and the gateway is one member of
-the coordinator's sums, as a site is (client/secure.py): its delta is its devices' mean, and what it
-needs between two stages is in client/between.py, for Flower starts a process for each. That hides
-the gateway from the coordinator; [secure_aggregation] of gateway.toml hides devices from it.
+the coordinator's sums, as a site is (client/sums/participant.py): its delta is its devices' mean,
+and what it needs between two stages is in client/sums/between.py, for Flower starts a process for
+each. That hides the gateway from the coordinator; [secure_aggregation] of gateway.toml hides
+devices from it.
 
 With [privacy] it states one mechanism for all devices, and as epsilon what a record has spent on
 a device that was in every private round of this gateway, over all its runs: an upper bound for
@@ -24,11 +25,11 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from anabranch.client.between import InMemoryFile
-from anabranch.client.kept import InFrame
-from anabranch.client.secure import FOLDER as SECURE
-from anabranch.client.secure import PARTICIPANTS, InFile, Participant
-from anabranch.client.summing import hidden, vector_of
+from anabranch.client.sums.between import InMemoryFile
+from anabranch.client.sums.kept import InFrame
+from anabranch.client.sums.participant import FOLDER as SECURE
+from anabranch.client.sums.participant import PARTICIPANTS, InFile, Participant
+from anabranch.client.sums.terms import hidden, vector_of
 from anabranch.edge.gateway.aggregate import require_linear
 from anabranch.edge.gateway.asking import Opener
 from anabranch.edge.gateway.config import GatewayFolder

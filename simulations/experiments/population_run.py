@@ -38,7 +38,7 @@ from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError
 from anabranch.server.evaluation import initial_adapter
 from anabranch.server.outcome import Finished
-from anabranch.server.statement import LISTED
+from anabranch.server.statement.guarantees import LISTED
 from anabranch.server.store import RunFolder, new_run
 from anabranch.simulations import engines
 from anabranch.simulations.clock.flops import Work, work_of

@@ -38,7 +38,7 @@ from anabranch.client.flower import (
     unpack_assignment,
     unpack_trained,
 )
-from anabranch.client.stages import STAGE_TYPES
+from anabranch.client.sums.stages import STAGE_TYPES
 from anabranch.protocols import messages, wire
 from anabranch.protocols.codecs.codec import CodecName
 from anabranch.protocols.errors import ProtocolError

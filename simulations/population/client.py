@@ -20,9 +20,9 @@ from torch import Tensor
 from anabranch.client.data.records import Records
 from anabranch.client.models import MODELS, Models
 from anabranch.client.private_round import Books
-from anabranch.client.secure_site import Sent
 from anabranch.client.site import Begun, Site
 from anabranch.client.site_file import SiteFile
+from anabranch.client.sums.site import Sent
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.randomness import Randomness

@@ -16,8 +16,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.secure import InMemory, Participant
-from anabranch.client.summing import agreement_of, vector_of
+from anabranch.client.sums.participant import InMemory, Participant
+from anabranch.client.sums.terms import agreement_of, vector_of
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import ProtocolError
 from anabranch.protocols.messages import Assignment

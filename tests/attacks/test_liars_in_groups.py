@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from anabranch.client.summing import vector_of
+from anabranch.client.sums.terms import vector_of
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.protocols.secagg.member import Answer, Limits

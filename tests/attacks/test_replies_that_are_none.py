@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from anabranch.client.contents import FRAME_TYPE, RECORDS
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.stages import pack_reply
-from anabranch.client.summing import vector_of
+from anabranch.client.sums.stages import pack_reply
+from anabranch.client.sums.terms import vector_of
 from anabranch.protocols.secagg.coordinator import Aggregation
 from anabranch.protocols.secagg.messages import STAGES
 from anabranch.server.flower import Failure, Peer
-from anabranch.server.secure_rounds import taken
-from tests.client.summing_sites import ASSIGNMENT, kept, terms_of
+from anabranch.server.sums.rounds import taken
+from tests.client.sums.summing_sites import ASSIGNMENT, kept, terms_of
 
 LIAR = "cork"
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anabranch.client.noised_sum import NoisedSum
+from anabranch.client.sums.noised import NoisedSum
 from anabranch.protocols.secagg.masks import KEYSTREAMS, Expander, Keystream, cipher
 from anabranch.protocols.secagg.member import Member
 from anabranch.protocols.secagg.ring import Ring
@@ -29,7 +29,7 @@ SEEDS = 1 << 20
 ROOT = Path(__file__).parents[2]
 SUMMING = [
     *sorted((ROOT / "protocols" / "secagg").glob("*.py")),
-    *(ROOT / "client" / f"{name}.py" for name in ("secure", "summing", "noised_sum")),
+    *sorted((ROOT / "client" / "sums").glob("*.py")),
 ]
 
 

@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.secure import InFile, Participant
-from anabranch.client.summing import digest_of, vector_of
+from anabranch.client.sums.participant import InFile, Participant
+from anabranch.client.sums.terms import digest_of, vector_of
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ProtocolError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.secagg.coordinator import Aggregation
 from anabranch.protocols.secagg.member import Member
 from anabranch.protocols.secagg.messages import STAGES, Invite
-from tests.client.summing_sites import RUN, a_delta, participants, terms_of
+from tests.client.sums.summing_sites import RUN, a_delta, participants, terms_of
 from tests.secure_cases import Disk
 from tests.simulations.rig import adapter
 

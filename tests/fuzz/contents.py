@@ -9,7 +9,8 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from anabranch.client import contents, flower, stages
+from anabranch.client import contents, flower
+from anabranch.client.sums import stages
 from anabranch.protocols import messages, wire
 from anabranch.protocols.identity import proposal
 from anabranch.protocols.secagg import messages as secagg

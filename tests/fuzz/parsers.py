@@ -36,7 +36,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from flwr.app import RecordDict
 
 from anabranch.client import contents, flower
-from anabranch.client.stages import unpack_reply, unpack_request
+from anabranch.client.sums.stages import unpack_reply, unpack_request
 from anabranch.protocols import config, messages, wire
 from anabranch.protocols.adapter import WHOLE
 from anabranch.protocols.codecs.codec import CodecName

@@ -15,7 +15,7 @@ from anabranch.server.client_privacy import published
 from anabranch.server.flower import Failure
 from anabranch.server.outcome import Finished, conclude, facts_of, statement_of
 from anabranch.server.result import Result, RoundReport, SiteRow
-from anabranch.server.statement_text import paragraphs
+from anabranch.server.statement.text import paragraphs
 from anabranch.server.store import RunFolder
 from tests.privacy_cases import client_config, client_plan, open_config, private_config
 

@@ -16,7 +16,7 @@ from anabranch.server.report import (
     render,
     write_report,
 )
-from anabranch.server.statement import state
+from anabranch.server.statement.guarantees import state
 from tests.privacy_cases import client_config, client_plan, facts_of, open_config, private_config
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from anabranch.client.secure import PARTICIPANTS
+from anabranch.client.sums.participant import PARTICIPANTS
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.secagg.agreed_noise import noise_of, values_of

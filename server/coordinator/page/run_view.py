@@ -17,7 +17,7 @@ from anabranch.protocols.config import RunConfig
 from anabranch.server.coordinator.page.run_log import Event, RoundLog, RunLog, SiteLog
 from anabranch.server.coordinator.page.shown import Curve, RoundView, RunSite, RunView
 from anabranch.server.coordinator.state import Asked, RunEntry, Wait
-from anabranch.server.sums_log import lost
+from anabranch.server.sums.log import lost
 
 RECENT = 5  # rounds whose pace is the run's
 HISTORY = 50  # rounds listed

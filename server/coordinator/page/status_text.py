@@ -28,7 +28,7 @@ from anabranch.server.coordinator.page.run_view import OVER
 from anabranch.server.coordinator.page.shown import Alert, RunSite, RunView, View
 from anabranch.server.coordinator.page.view import Watcher
 from anabranch.server.coordinator.state import Wait
-from anabranch.server.sums_log import lost_words
+from anabranch.server.sums.log import lost_words
 from anabranch.server.svg import size
 
 ABSENT = "\u2013"  # a value that is not there, unlike 0

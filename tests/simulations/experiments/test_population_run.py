@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from anabranch.protocols.errors import ConfigError, DataError, RunError
-from anabranch.server.statement import LISTED
+from anabranch.server.statement.guarantees import LISTED
 from anabranch.simulations import engines
 from anabranch.simulations.experiment import load
 from anabranch.simulations.experiments.compare import compare

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anabranch.client.secure import PARTICIPANTS
+from anabranch.client.sums.participant import PARTICIPANTS
 from anabranch.protocols.secagg.messages import STAGES
 from anabranch.simulations.engines import Engine
 from anabranch.simulations.faults.plan import (

@@ -14,7 +14,7 @@ from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.protocols.secagg.graph import groups_of
 from anabranch.protocols.tables import Robust
 from anabranch.server.aggregation.robust import least, require_enough
-from anabranch.server.secure_terms import require_possible
+from anabranch.server.sums.terms import require_possible
 from tests.secure_cases import SummingToy, secured
 from tests.simulations.federation import Federation
 from tests.simulations.rig import SPEC, config

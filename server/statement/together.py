@@ -10,7 +10,7 @@ from typing import Any
 
 from anabranch.protocols.secagg.noise import DistributedNoise
 from anabranch.protocols.tables import SecureAggregation
-from anabranch.server.statement_numbers import small, upper
+from anabranch.server.statement.numbers import small, upper
 
 CHARGED = (
     "A site charges its ledger for every attempt to sum a round, also for one that is never "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from anabranch.server import statement_sums
-from anabranch.server import statement_together as words
-from anabranch.server.statement import PrivacyStatement, RecordLevel, SiteGuarantee
-from anabranch.server.statement_text import limits, paragraphs
+from anabranch.server.statement import sums as of_sums
+from anabranch.server.statement import together as words
+from anabranch.server.statement.guarantees import PrivacyStatement, RecordLevel, SiteGuarantee
+from anabranch.server.statement.text import limits, paragraphs
 
 
 def as_json(statement: PrivacyStatement) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def as_json(statement: PrivacyStatement) -> dict[str, Any]:
     return {
         "record_level": record,
         "client_level": client,
-        "secure_aggregation": None if sums is None else statement_sums.as_json(sums),
+        "secure_aggregation": None if sums is None else of_sums.as_json(sums),
         "releases": [
             {"what": one.what, "status": one.status, "why": one.why}
             for one in statement.disclosures

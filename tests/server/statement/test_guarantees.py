@@ -13,9 +13,9 @@ from anabranch.protocols.errors import PrivacyError
 from anabranch.protocols.tables import (
     Privacy,
 )
-from anabranch.server.statement import group_epsilon, guess, state
-from anabranch.server.statement_json import as_json
-from anabranch.server.statement_text import (
+from anabranch.server.statement.as_json import as_json
+from anabranch.server.statement.guarantees import group_epsilon, guess, state
+from anabranch.server.statement.text import (
     GROUP_HEAD,
     SITE_HEAD,
     client_paragraphs,

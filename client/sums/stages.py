@@ -1,4 +1,4 @@
-"""The five stages of a secure sum as contents of Flower messages (contents.py).
+"""The five stages of a secure sum as contents of Flower messages (client/contents.py).
 
 Every request comes with the assignment whose deltas are summed: a site's policy decides on every
 message of a run, and the site finds its delta by it.

@@ -1,6 +1,6 @@
-"""A kept delta (client/summing.py) that outlives the process: which of the site's answers it is.
+"""A kept delta (terms.py) that outlives the process: which of the site's answers it is.
 
-    answers/<key>/frame    the delta, as every round's (answers.py)
+    answers/<key>/frame    the delta, as every round's (client/answers.py)
     secure/kept/<run>      Waits: which answer, of which question, trained from which model;
                             of a gateway, which keeps no answers, Whole: the delta itself
 
@@ -19,7 +19,7 @@ import msgspec
 
 from anabranch.client.answers import Answers
 from anabranch.client.question import key_of, writing
-from anabranch.client.summing import Kept
+from anabranch.client.sums.terms import Kept
 from anabranch.protocols import messages, wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import MalformedMessage, RunError

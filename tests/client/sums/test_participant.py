@@ -9,16 +9,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.secure import InFile, InMemory, Participant, Participants
 from anabranch.client.site import Site
-from anabranch.client.stages import (
+from anabranch.client.sums.participant import InFile, InMemory, Participant, Participants
+from anabranch.client.sums.stages import (
     pack_reply,
     pack_request,
     unpack_kept,
     unpack_reply,
     unpack_request,
 )
-from anabranch.client.summing import (
+from anabranch.client.sums.terms import (
     hidden,
     require_terms,
     summed,
@@ -33,7 +33,7 @@ from anabranch.protocols.secagg.member import Limits
 from anabranch.protocols.secagg.messages import STAGES, Invite
 from anabranch.protocols.secagg.terms import Roster, Terms
 from anabranch.server.evaluation import initial_adapter
-from tests.client.summing_sites import (
+from tests.client.sums.summing_sites import (
     ASSIGNMENT,
     MODEL,
     RUN,

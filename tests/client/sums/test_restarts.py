@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from anabranch.client.flower import NO_LIMITS
 from anabranch.client.models import Models
-from anabranch.client.secure import PARTICIPANTS, InFile, InMemory, Participant
 from anabranch.client.site import Site
-from anabranch.client.summing import summed, vector_of
+from anabranch.client.sums.participant import PARTICIPANTS, InFile, InMemory, Participant
+from anabranch.client.sums.terms import summed, vector_of
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import ProtocolError, RunError
 from anabranch.protocols.messages import Assignment
@@ -27,7 +27,7 @@ from anabranch.protocols.secagg.member import Answer
 from anabranch.protocols.secagg.messages import Invite, Request
 from anabranch.server.evaluation import initial_adapter
 from anabranch.server.flower import Peer, Question
-from anabranch.server.secure_terms import roster_of, terms_of
+from anabranch.server.sums.terms import roster_of, terms_of
 from tests import secure_cases
 from tests.client.killing import Killed, Life, living, new_site
 from tests.runs import table_run

@@ -9,7 +9,7 @@ import pytest
 from anabranch.protocols.errors import PolicyError, RunError
 from anabranch.protocols.secagg.member import Limits
 from anabranch.server.progress import Progress
-from anabranch.server.secure_rounds import SecureSums
+from anabranch.server.sums.rounds import SecureSums
 from tests import noise_cases
 from tests.secure_cases import MANY, SummingToy, furthest, plain_of, secured, toys
 from tests.simulations.federation import Federation

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anabranch.server.report import ReportData, render
 from anabranch.server.store import RunFolder
-from anabranch.server.sums_log import SumEvent, lost_words, sums_of
+from anabranch.server.sums.log import SumEvent, lost_words, sums_of
 
 ATTEMPT: dict[str, Any] = {
     "round": 1,

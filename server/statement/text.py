@@ -6,17 +6,17 @@ with whom it protects against whom.
 
 from __future__ import annotations
 
-from anabranch.server import statement_sums
-from anabranch.server import statement_together as words
 from anabranch.server.aggregation.private import ClientPlan
-from anabranch.server.disclosures import (
+from anabranch.server.statement import sums as of_sums
+from anabranch.server.statement import together as words
+from anabranch.server.statement.disclosures import (
     FLOATING,
     LIMITS,
     OTHER_MEMBERS,
     OTHER_SOFTWARE,
     SUMMED,
 )
-from anabranch.server.statement import (
+from anabranch.server.statement.guarantees import (
     GROUPS,
     PrivacyStatement,
     RecordLevel,
@@ -24,8 +24,8 @@ from anabranch.server.statement import (
     SitePrivacy,
     guess,
 )
-from anabranch.server.statement_numbers import LEGEND as LEGEND
-from anabranch.server.statement_numbers import percent, small, upper
+from anabranch.server.statement.numbers import LEGEND as LEGEND
+from anabranch.server.statement.numbers import percent, small, upper
 
 NONE = (
     "There is no differential privacy: this model was trained on the records as they are. It may "
@@ -64,7 +64,7 @@ def paragraphs(statement: PrivacyStatement) -> list[str]:
 
 def sums_paragraphs(statement: PrivacyStatement) -> list[str]:
     """Return what the coordinator saw instead of updates; [] without secure aggregation."""
-    return [] if statement.sums is None else statement_sums.paragraphs(statement.sums)
+    return [] if statement.sums is None else of_sums.paragraphs(statement.sums)
 
 
 def record_paragraphs(statement: PrivacyStatement) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.protocols.config import RunConfig
-from anabranch.server.disclosures import clients_evaluate, noised_by_members
+from anabranch.server.statement.disclosures import clients_evaluate, noised_by_members
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from anabranch.protocols.errors import PrivacyError
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.card import privacy_section
 from anabranch.server.client_privacy import LEAST_POPULATION, plan_of, summed_noise
-from anabranch.server.statement import PrivacyStatement, RunFacts, SitePrivacy, state
-from anabranch.server.statement_json import as_json
-from anabranch.server.statement_text import (
+from anabranch.server.statement.as_json import as_json
+from anabranch.server.statement.guarantees import PrivacyStatement, RunFacts, SitePrivacy, state
+from anabranch.server.statement.text import (
     APART,
     NO_CLIENT_LEVEL,
     NO_RECORD_LEVEL_IN_SUMS,

@@ -30,8 +30,8 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from anabranch.client.between import Between, Left, OneProcess
-from anabranch.client.summing import Kept, digest_of, require_company, require_terms
+from anabranch.client.sums.between import Between, Left, OneProcess
+from anabranch.client.sums.terms import Kept, digest_of, require_company, require_terms
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import ProtocolError, RunError
 from anabranch.protocols.messages import Assignment
@@ -149,7 +149,7 @@ class Participant:
         between: Between | None = None,
     ) -> None:
         self.name, self._key, self._given = name, key, given
-        self.masked: Given = masked or InMemory()  # attempts that were charged (noised_sum.py)
+        self.masked: Given = masked or InMemory()  # attempts that were charged (noised.py)
         self._saved: Saved = saved or Unsaved()
         self._between: Between = between or OneProcess()
         self._lock = threading.Lock()

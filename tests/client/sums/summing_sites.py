@@ -8,8 +8,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.secure import InMemory, Participant
-from anabranch.client.summing import vector_of
+from anabranch.client.sums.participant import InMemory, Participant
+from anabranch.client.sums.terms import vector_of
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.secagg.coordinator import Aggregation

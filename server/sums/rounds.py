@@ -14,8 +14,8 @@ with fresh keys, ATTEMPTS in all, among those that trained: a site that was star
 off for a minute, is there again. Left out is who refused for a reason that stays, and who was lost
 twice.
 
-A site gives its update of a round to one sum (client/secure.py). So `masking` is called before the
-first masked vector is asked for: a coordinator that dies then asks for no second sum of them.
+A site gives its update of a round to one sum (client/sums/participant.py). So `masking` is called
+before the first masked vector is asked for: a coordinator that dies then asks for no second sum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import msgspec
 from flwr.app import RecordDict
 
-from anabranch.client.stages import STAGE_TYPES, pack_request, unpack_reply
+from anabranch.client.sums.stages import STAGE_TYPES, pack_request, unpack_reply
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import ProtocolError, RunError
 from anabranch.protocols.messages import Refused, Trained
@@ -41,8 +41,8 @@ from anabranch.server.assigning import Assigner
 from anabranch.server.desk import answers
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Failure, Peer, Question, refusal
-from anabranch.server.secure_terms import part_of, require_possible, roster_of, terms_of
 from anabranch.server.shortfall import lines
+from anabranch.server.sums.terms import part_of, require_possible, roster_of, terms_of
 
 ATTEMPTS = 3  # to sum one round
 LASTING = frozenset({"config", "data", "model", "privacy", "policy", "roster"})  # reasons that stay

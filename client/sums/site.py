@@ -1,11 +1,11 @@
-"""What makes a site one that takes part in secure sums (client/secure.py).
+"""What makes a site one that takes part in secure sums (participant.py).
 
 Its key is the one it has joined with, or that is made in its folder when Flower starts a process
 for each message (client/app.py); another site, as of a simulation, has a fresh one per process and
 run. What must outlive the process is in its folder, for a simulated site in memory:
 
     secure/given/<run>    to which sum the update of each round was given
-    secure/masked/<run>   which attempts were charged (noised_sum.py)
+    secure/masked/<run>   which attempts were charged (noised.py)
     secure/kept/<run>     which answer waits for its sum (kept.py)
 """
 
@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from anabranch.client.accounted import Accounted
 from anabranch.client.agent.identity import joined, peer_key
 from anabranch.client.answers import Answers
-from anabranch.client.between import InMemoryFile
-from anabranch.client.kept import InAnswers
 from anabranch.client.personal import checked_run
-from anabranch.client.secure import (
+from anabranch.client.site_like import NO_LIMITS
+from anabranch.client.sums.between import InMemoryFile
+from anabranch.client.sums.kept import InAnswers
+from anabranch.client.sums.participant import (
     FOLDER,
     PARTICIPANTS,
     InFile,
     InMemory,
     Participant,
 )
-from anabranch.client.site_like import NO_LIMITS
-from anabranch.client.summing import hidden, vector_of
+from anabranch.client.sums.terms import hidden, vector_of
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig

@@ -20,11 +20,11 @@ from anabranch.protocols.tables import (
     Training,
 )
 from anabranch.server.card import privacy_section
-from anabranch.server.disclosures import Disclosure, disclosures
 from anabranch.server.report import ReportData, render
-from anabranch.server.statement import PrivacyStatement, state
-from anabranch.server.statement_json import as_json
-from anabranch.server.statement_text import (
+from anabranch.server.statement.as_json import as_json
+from anabranch.server.statement.disclosures import Disclosure, disclosures
+from anabranch.server.statement.guarantees import PrivacyStatement, state
+from anabranch.server.statement.text import (
     NO_CLIENT_LEVEL,
     NO_RECORD_LEVEL_IN_SUMS,
     NONE,

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from anabranch.client import between
-from anabranch.client.between import InMemoryFile, Left
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.kept import InFrame
-from anabranch.client.secure import InFile, Participant
-from anabranch.client.summing import vector_of
+from anabranch.client.sums import between
+from anabranch.client.sums.between import InMemoryFile, Left
+from anabranch.client.sums.kept import InFrame
+from anabranch.client.sums.participant import InFile, Participant
+from anabranch.client.sums.terms import vector_of
 from anabranch.protocols.errors import ConfigError, ProtocolError, RunError
 from anabranch.protocols.part import Part
 from anabranch.protocols.secagg import contribution
 from anabranch.protocols.secagg.coordinator import Aggregation
 from anabranch.protocols.secagg.member import Answer
 from anabranch.protocols.secagg.messages import Invite, Request
-from tests.client.summing_sites import ASSIGNMENT, MODEL, NAMES, RUN, a_delta
+from tests.client.sums.summing_sites import ASSIGNMENT, MODEL, NAMES, RUN, a_delta
 from tests.secure_cases import carried, invite_of
 from tests.simulations.rig import SPEC
 

@@ -35,9 +35,9 @@ from anabranch.protocols.secagg.noise import DistributedNoise
 from anabranch.protocols.spend import Unit
 from anabranch.protocols.tables import Clipping
 from anabranch.server.aggregation.private import ClientPlan
-from anabranch.server.disclosures import Disclosure, disclosures, noised_by_members
-from anabranch.server.statement_sums import Sums
-from anabranch.server.statement_together import Together
+from anabranch.server.statement.disclosures import Disclosure, disclosures, noised_by_members
+from anabranch.server.statement.sums import Sums
+from anabranch.server.statement.together import Together
 
 GROUPS = (2, 5)  # records of one person whose cost is stated
 LISTED = 50  # sites that are named; of a larger simulated population those that spent most

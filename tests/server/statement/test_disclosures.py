@@ -14,9 +14,9 @@ from anabranch.protocols.tables import (
     Training,
     Uplink,
 )
-from anabranch.server.disclosures import Disclosure, disclosures
-from anabranch.server.statement import state
-from anabranch.server.statement_text import (
+from anabranch.server.statement.disclosures import Disclosure, disclosures
+from anabranch.server.statement.guarantees import state
+from anabranch.server.statement.text import (
     DISCLOSURE_HEAD,
     disclosure_rows,
     limits,

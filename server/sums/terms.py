@@ -1,6 +1,7 @@
 """The terms of a round's secure sum: what the coordinator proposes, and every member checks.
 
-Sites compute the same from the same configuration (client/summing.py) and refuse terms that differ.
+Sites compute the same from the same configuration (client/sums/terms.py), and refuse terms that
+differ.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from anabranch.client.summing import agreement_of, digest_of, grid_of_sum, summed
+from anabranch.client.sums.terms import agreement_of, digest_of, grid_of_sum, summed
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, RunError
