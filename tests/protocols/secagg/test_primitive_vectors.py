@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.secagg.fixed_point import (
     Grid,
     digits,
@@ -27,6 +28,7 @@ from anabranch.protocols.secagg.graph import groups_of, neighbours, shape_of
 from anabranch.protocols.secagg.masks import KEYSTREAMS, Expander
 from anabranch.protocols.secagg.ring import RINGS, Ring, RingBits
 from anabranch.protocols.secagg.shamir import COEFFICIENT_BYTES, combine, split
+from tests.protocols.secagg.sum_vectors import contributions, terms
 
 PATH = Path(__file__).parents[2] / "vectors" / "secagg" / "primitives.json"
 KEY = bytes(range(32))
@@ -103,18 +105,25 @@ def packs() -> list[Vector]:
 def shapes() -> list[Vector]:
     rounds = [(2, 2 / 3, 0.1), (3, 2 / 3, 0.1), (10, 0.7, 0.2), (128, 2 / 3, 0.1)]
     rounds += [(n, 2 / 3, c) for n in (129, 200, 1000, 5000) for c in (0.0, 0.1, 0.2)]
+    rounds += [(100, 0.71, 0.29), (50, 0.8, 0.58), (10, 0.9, 0.7), (5, 1.0, 0.2)]  # ⌊0.29 · 100⌋
+    rounds += [(4, 0.5, 0.5), (3, 0.6, 0.34), (129, 0.7, 0.9)]  # refused
     return [
-        {
-            "members": members,
-            "threshold_share": share,
-            "colluding_share": colluding,
-            "holders": shape.holders,
-            "threshold": shape.threshold,
-            "complete": shape.complete,
-        }
+        {"members": members, "threshold_share": share, "colluding_share": colluding}
+        | _shape(members, share, colluding)
         for members, share, colluding in rounds
-        for shape in [shape_of(members, share, colluding)]
     ]
+
+
+def _shape(members: int, share: float, colluding: float) -> Vector:
+    try:
+        shape = shape_of(members, share, colluding)
+    except ConfigError:
+        return {"refused": True}
+    return {
+        "holders": shape.holders,
+        "threshold": shape.threshold,
+        "complete": shape.complete,
+    }
 
 
 def graphs() -> list[Vector]:
@@ -135,7 +144,8 @@ def graphs() -> list[Vector]:
 
 
 def groups() -> list[Vector]:
-    names = ["berlin", "graz", "lyon", "málaga", "oslo", "porto", "turin"]
+    seven = ["berlin", "graz", "lyon", "malaga", "oslo", "porto", "turin"]
+    fourteen = sorted([*seven, *(f"{name}-2" for name in seven)])
     return [
         {
             "names": names,
@@ -143,7 +153,7 @@ def groups() -> list[Vector]:
             "size": size,
             "groups": [list(group) for group in groups_of(names, KEY, size)],
         }
-        for size in (2, 3, 7, 9)
+        for names, size in ((seven, 2), (seven, 3), (seven, 7), (seven, 9), (fourteen, 3))
     ]
 
 
@@ -182,7 +192,7 @@ def counters() -> list[Vector]:
             "elements": cut.tolist(),
         }
         for bits in RINGS
-        for members in (1, 10, 1000)
+        for members in (1, 10, 257, 1000, 4097)
         for ring in [Ring(bits)]
         for cut in [write_counters(values, ring, members)]
     ]
@@ -197,6 +207,8 @@ SECTIONS: dict[str, Callable[[], list[Vector]]] = {
     "groups": groups,
     "fixed_point": fixed_point,
     "counters": counters,
+    "terms": terms,
+    "contributions": contributions,
 }
 
 

@@ -1,6 +1,6 @@
 """Write the golden vectors of whole sums: python -m tests.vectors.secagg.create
 
-Each is one JSON document (docs/secure-aggregation.md says how to read them). Run it only when the
+Each is one JSON document (docs/secure-aggregation.md, "Golden vectors"). Run it only when the
 protocol changes; tests/protocols/secagg/test_golden_sums.py compares.
 """
 
@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 DRAWS = ("sealing key", "masking key", "self-mask seed", "polynomial of the seed", "of the key")
 
 CASES: dict[str, tuple[int, dict[str, Stage], dict[str, Any]]] = {
+    "absent": (4, {"site-0001": "advertise"}, {"ring": 16, "threshold": 0.67}),
     "three": (3, {"site-0002": "mask"}, {"ring": 32, "keystream": "aes-256-ctr"}),
     "three-24-bits": (3, {}, {"ring": 24, "keystream": "chacha20", "threshold": 0.7}),
     "groups": (9, {"site-0004": "mask"}, {"ring": 16, "group": 4, "values": 2, "colluding": 0.12}),
@@ -87,7 +88,13 @@ def played(case: str) -> dict[str, Any]:
         ],
     }
     if count > 20:
-        return vector | {"letters_sha256": digest_of(letters)}
+        return vector | {
+            "terms_canonical": msgspec.json.encode(cohort.terms, order="sorted").decode(),
+            "vectors": {
+                name: integers(one, cohort.terms.ring) for name, one in cohort.vectors.items()
+            },
+            "letters_sha256": digest_of(letters),
+        }
     return vector | {
         "members": {
             name: {
