@@ -30,7 +30,7 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def chromium() -> str:

@@ -160,7 +160,7 @@ def example(folder: Path, now: float) -> Federation:
         state.asked(run, site, _asked(began, state=what))
     for site in ("bergen", "delft"):
         state.asked(run, site, _asked(began))
-    _reports(federation, run, now)
+    write_reports(federation, run, now)
     state.invite("esbjerg", "0" * 64, now + 3000, now)
     return federation
 
@@ -169,7 +169,8 @@ def _asked(since: float, **fields: Any) -> Asked:
     return Asked(kind="train", round=13, since=since, until=since + 1800, **fields)
 
 
-def _reports(federation: Federation, run: str, now: float) -> None:
+def write_reports(federation: Federation, run: str, now: float) -> None:
+    """Let every site of the busy federation say anew what it does."""
     at = now - 1
     facts: dict[str, Any] = {"version": "0.1.0", "seconds_per_round": 44.0}
     report(federation, "aarhus", at, since=now - 60, **facts)

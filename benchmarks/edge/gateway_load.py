@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,13 @@ def new_gateway(folder: Path, spec: AdapterSpec, **settings: Any) -> GatewayFold
     """Make a gateway's folder that serves one bundle, on ports that are free."""
     key = Ed25519PrivateKey.generate()
     write_bundle(folder.parent / f"{folder.name}-bundle", spec, key)
+    port, enroll_port = free_ports(2)
     given: dict[str, Any] = {
         "name": "north",
         "hosts": (HOST, "127.0.0.1"),
         "address": "127.0.0.1",
-        "port": free_port(),
-        "enroll_port": free_port(),
+        "port": port,
+        "enroll_port": enroll_port,
         "bundles": (str(folder.parent / f"{folder.name}-bundle"),),
         "bundle_keys": (public_bytes(key).hex(),),
         "cohort": 3,
@@ -139,12 +141,13 @@ def new_gateway(folder: Path, spec: AdapterSpec, **settings: Any) -> GatewayFold
     return GatewayFolder(folder)
 
 
-def free_port() -> int:
-    """Return a TCP port that nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
+def free_ports(count: int) -> list[int]:
+    """Return so many different TCP ports that nobody listens on now."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in held]
 
 
 def opener_of(folder: GatewayFolder) -> Opener:

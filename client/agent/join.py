@@ -55,7 +55,9 @@ from anabranch.protocols.tables import Device
 from anabranch.storage.audit_log import AuditLog
 from anabranch.storage.files import sweep, write_atomic
 
-KNOCK_S, KNOCK_PAUSE_S = 3.0, 0.25  # a door opens for strangers a moment after an invitation
+# A door opens for strangers a moment after an invitation: so long it is knocked at, and so often at
+# least, for one answer of a busy machine may take as long.
+KNOCK_S, KNOCKS, KNOCK_PAUSE_S = 3.0, 4, 0.25
 MAX_INVITATION = 4096  # characters of a file or of standard input
 DEFAULT_FOLDER = Path("site")
 
@@ -191,15 +193,16 @@ def _ask(invitation: Invitation, folder: Path) -> tuple[authority.Key, x509.Cert
     """
     root = pinned(invitation)
     until = time.monotonic() + KNOCK_S
-    old = unfinished_key(folder)
+    old, knocks = unfinished_key(folder), 0
     while True:
+        knocks += 1
         key = old or authority.new_key()
         write_key(folder, key)
         request, peer = authority.certificate_request(key), peer_key(folder)
         try:
             return key, root, join_door(invitation, request, version(), root, peer)
         except CutOff:
-            if time.monotonic() < until:
+            if knocks < KNOCKS or time.monotonic() < until:
                 time.sleep(KNOCK_PAUSE_S)
                 continue
             raise RunError(
@@ -208,7 +211,7 @@ def _ask(invitation: Invitation, folder: Path) -> tuple[authority.Key, x509.Cert
                 "was withdrawn or has expired. Try again in a minute, then ask for another one"
             ) from None
         except Refused as error:
-            if error.code == CLOSED and time.monotonic() < until:
+            if error.code == CLOSED and (knocks < KNOCKS or time.monotonic() < until):
                 time.sleep(KNOCK_PAUSE_S)
                 continue
             remove_identity(folder)

@@ -30,7 +30,7 @@ from anabranch.protocols.identity.authority import (
 
 CHUNK = 1000  # bytes
 SECRET = "s" * 43
-QUICK = Patience(call_s=5.0, stream_s=10.0, attempts=3, backoff=Backoff(base_s=0.001, cap_s=0.002))
+QUICK = Patience(call_s=60.0, stream_s=60.0, attempts=3, backoff=Backoff(base_s=0.001, cap_s=0.002))
 State = edge_pb2.UploadStatus
 
 

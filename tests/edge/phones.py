@@ -36,7 +36,7 @@ from tests.gateway_cases import ended, open_round
 
 SECURE: dict[str, Any] = {"minimum": 3, "stage_s": 20.0, "ring": 32}
 SPEC = spec_of(800)
-QUICK = Patience(call_s=10.0, stream_s=10.0, attempts=3, backoff=Backoff(base_s=0.01, cap_s=0.02))
+QUICK = Patience(call_s=60.0, stream_s=60.0, attempts=3, backoff=Backoff(base_s=0.01, cap_s=0.02))
 
 
 @dataclass

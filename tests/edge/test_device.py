@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from anabranch.protocols.messages import Assignment, Trained
 from anabranch.protocols.tables import Federation, Training
 from anabranch.protocols.wire import decode_delta
 from tests.edge.bundles import TRUSTED, write_bundle
+from tests.ports import free_port
 
 PYTHON = Path(
     os.environ.get("ANABRANCH_EDGE_PYTHON")
@@ -53,13 +53,6 @@ def device(home: Path, verb: str, *arguments: str) -> subprocess.CompletedProces
     )
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
-
-
 @pytest.fixture
 def config(make_config: Callable[..., RunConfig]) -> RunConfig:
     return make_config(
@@ -77,7 +70,7 @@ def gateway(
     write_bundle(
         bundle, make_classifier("text"), config, precisions=("fp32",), with_artifacts=False
     )
-    port, enroll_port = free_ports()
+    port, enroll_port = free_port(), free_port()
     file = gateway_file(
         "north",
         ["127.0.0.1"],

@@ -40,7 +40,8 @@ from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.server.evaluation import initial_adapter
 from anabranch.simulations import engines
 from benchmarks.edge.gateway_load import Server, serve
-from tests.edge.test_device import device, free_ports, needs_device
+from tests.edge.test_device import device, needs_device
+from tests.ports import free_port
 from tests.runs import write_site
 from tests.simulations.superlink import SuperLink, wait_for
 
@@ -73,7 +74,7 @@ learning_rate = 0.01
 [federation]
 rounds = 2
 quorum = 2
-deadline_s = 30
+deadline_s = 120
 
 [secure_aggregation]
 minimum = 2
@@ -181,7 +182,7 @@ def place_of(folder: Path, run: Path, validation: Path) -> Iterator[Place]:
     bundle = folder / "bundle"
     plain = ["--no-artifacts", "--precision", "fp32"]
     anabranch("edge", "export", run, bundle, "--key", key, "--records", validation, *plain)
-    port, enroll_port = free_ports()
+    port, enroll_port = free_port(), free_port()
     ports = ["--port", str(port), "--enroll-port", str(enroll_port)]
     cohort = ["--cohort", "3", "--min-cohort", "2"]
     host, signed = ["--name", "north", "--host", "127.0.0.1"], ["--key", f"{key}.pub"]
@@ -223,6 +224,8 @@ def second_round(place: Place) -> None:
     three.does("pull")
     for phone in (one, two):
         assert "accepted" in phone.does("sync").stderr
+    with place.store.writing() as db:  # its time is up, and the third has not come
+        db.execute("UPDATE rounds SET deadline = ? WHERE number = 2", (time.time(),))
     wait_for(lambda: (place.row(2) or {})["state"] == "closed", 60)
 
 

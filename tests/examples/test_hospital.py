@@ -19,7 +19,7 @@ from anabranch.client.policy.config_rules import CONFIG_RULES
 from anabranch.client.policy.policy_file import default_policy, parse_policy
 from anabranch.protocols.config import parse
 from anabranch.server.coordinator.folder import Federation
-from tests.server.coordinator.served import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "hospital"

@@ -59,7 +59,7 @@ def survived(rig: Rig, tmp_path: Path, kills: tuple[Kill, ...], rounds: int) -> 
 @pytest.mark.parametrize(
     ("kills", "rounds"),
     [
-        pytest.param(RUN + END, 30, id="the process of the run"),
+        pytest.param(RUN + END, 40, id="the process of the run"),
         pytest.param(SITE, 32, id="a site"),
         pytest.param(OTHERS, 32, id="all others"),
     ],

@@ -168,8 +168,9 @@ def test_a_damaged_superlink_database_is_put_aside_and_sites_are_asked_again(
     rig.coordinator.start()
 
     whole(rig, run, text, tmp_path)
-    assert list(database.parent.glob("state.db.damaged-*"))
-    assert "superlink-state-damaged" in (rig.federation / "audit.jsonl").read_text()
+    log = rig.federation / "audit.jsonl"
+    rig.until(lambda: bool(list(database.parent.glob("state.db.damaged-*"))), ROUND_S)
+    rig.until(lambda: "superlink-state-damaged" in log.read_text(), ROUND_S)
 
 
 def test_a_damaged_progress_file_gives_way_to_the_one_before(rig: Rig, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_site_at_4_mbit_one_at_30_and_one_that_loses_packets(rig: Rig, tmp_pat
 def test_a_partition_that_heals_before_the_deadline_costs_time_alone(
     rig: Rig, tmp_path: Path
 ) -> None:
-    text = toml(4, 3, 240.0)
+    text = toml(8, 3, 240.0)
     run = rig.begin(text)
     rig.until_merged(run, 1, 120.0)
 

@@ -113,7 +113,7 @@ def test_flowers_middlewares_look_at_the_paths_that_are_led_through_them() -> No
 def test_every_path_goes_through_its_own_middlewares(running: Link, path: str, status: int) -> None:
     headers = {"content-type": "application/protobuf"}
 
-    with client(running.link.socket, "http://superlink", 5.0) as http:
+    with client(running.link.socket, "http://superlink", 60.0) as http:
         assert http.post(path, content=b"", headers=headers).status_code == status
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,15 +20,10 @@ from pathlib import Path
 from types import TracebackType
 
 from anabranch.simulations.grid import QUIET
+from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
 APP = Path(__file__).resolve().parents[2] / "examples" / "flower-app"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class SuperLink:

@@ -112,7 +112,7 @@ def test_a_run_fails_with_the_same_sentence_on_either_engine(engine: engines.Eng
             adapter(),
             run_name="toy-1",
             open_site=open_toy,
-            connect_s=0.1 if engine == "sequential" else 30.0,
+            connect_s=2.0 if engine == "sequential" else 30.0,
         )
 
 

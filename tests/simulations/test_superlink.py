@@ -77,7 +77,7 @@ def test_a_client_that_is_killed_in_a_round_is_named_and_the_run_goes_on(
     tmp_path: Path, table_sites: dict[str, Path]
 ) -> None:
     text = table_text(
-        ("rounds = 2", "rounds = 1\nquorum = 1\ncohort = 2\ndeadline_s = 25.0"),
+        ("rounds = 2", "rounds = 1\nquorum = 1\ncohort = 2\ndeadline_s = 45.0"),
     )
     (tmp_path / "run.toml").write_text(text)
     output = tmp_path / "runs" / "first"
@@ -99,7 +99,7 @@ def test_a_client_that_is_killed_in_a_round_is_named_and_the_run_goes_on(
     (failed,) = [event for event in events if event["kind"] == "site_failed"]
     assert failed["site"] == "oncology"
     assert (failed["reason"], failed["message"]) in [
-        ("deadline", "no answer within 25 s"),
+        ("deadline", "no answer within 45 s"),
         ("flower", "Flower error 5: the node is unavailable"),
     ]
     (aggregated,) = [event for event in events if event["kind"] == "round_aggregated"]

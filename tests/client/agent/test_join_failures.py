@@ -229,6 +229,7 @@ def test_a_door_that_is_closed_to_strangers_is_knocked_at_again(
     coordinator = doors(tls)
     invitation = coordinator.invite()
     monkeypatch.setattr(f"{join_site.__module__}.KNOCK_S", 0.0)
+    monkeypatch.setattr(f"{join_site.__module__}.KNOCKS", 1)
     with pytest.raises(Refused, match=r"no invitation is open there.*ask .* for another one"):
         join_site(invitation, records, tmp_path / "site")
     assert coordinator.seen == []
@@ -247,6 +248,7 @@ def test_a_door_that_cuts_off_strangers_is_knocked_at_again(
     invitation = door.invite()
     door.answers[join.JOIN] = lambda body: (0, b"")
     monkeypatch.setattr(f"{join_site.__module__}.KNOCK_S", 0.0)
+    monkeypatch.setattr(f"{join_site.__module__}.KNOCKS", 1)
     with pytest.raises(RunError, match="no invitation is open there"):
         join_site(invitation, records, tmp_path / "site")
     monkeypatch.setattr(f"{join_site.__module__}.KNOCK_S", 60.0)

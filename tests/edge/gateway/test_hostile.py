@@ -25,7 +25,7 @@ from anabranch.edge.generated import edge_pb2
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ConfigError
-from benchmarks.edge.gateway_devices import HOST, Device, enrol_many
+from benchmarks.edge.gateway_devices import HOST, Device, enrol_many, patiently
 from benchmarks.edge.gateway_load import delta_of
 from tests.gateway_cases import open_round, row_of
 
@@ -98,6 +98,13 @@ def silent(channel: grpc.Channel, method: str, timeout: float | None, ends: thre
     return channel.stream_unary(method).future(nothing(), timeout=timeout)
 
 
+def settled(done: Callable[[], bool], wait_s: float = 10.0) -> None:
+    """Wait until the server has seen what was sent; whoever asks finds out if it has not."""
+    until = time.monotonic() + wait_s
+    while not done() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def test_silent_calls_do_not_keep_others_from_enrolling(serving: Any) -> None:
     gateway = serving()
     authority = gateway.parts.authority.pem
@@ -105,9 +112,11 @@ def test_silent_calls_do_not_keep_others_from_enrolling(serving: Any) -> None:
     with grpc.secure_channel(f"{HOST}:{gateway.enroll_port}", credentials) as channel:
         methods = [f"{SERVICE}/Enroll"] * 7 + ["/grpc.health.v1.Health/Check"]
         calls = [silent(channel, method, None, ends) for method in methods]
-        time.sleep(0.3)
+        settled(lambda: all(call.done() for call in calls))
         (text,) = invite(gateway.folder.folder)
-        device = Device.enrol(text, gateway.enroll_port, gateway.port, authority=authority)
+        device = patiently(
+            lambda: Device.enrol(text, gateway.enroll_port, gateway.port, authority=authority)
+        )
         device.check_in()
         device.hang_up()
         ends.set()
@@ -120,7 +129,8 @@ def test_a_devices_silent_calls_count_before_they_say_anything(fleet: Fleet) -> 
     bad.stub  # noqa: B018  # connects
     methods = ["CheckIn", "Commit", "BeginUpload", "Fetch", "Enroll"]
     calls = [silent(bad.channels[0], f"{SERVICE}/{method}", 20.0, ends) for method in methods]
-    time.sleep(0.3)
+    now = gateway.parts.quotas._now
+    settled(lambda: now.get(bad.name) == 3 and sum(call.done() for call in calls) == 2)
     good.check_in()
     with pytest.raises(grpc.RpcError) as error:
         bad.check_in()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from anabranch.edge.gateway import limits
 from anabranch.edge.gateway.authority import make_authority
 from anabranch.edge.gateway.config import Limits
 from anabranch.edge.gateway.operator import invite, revoke
@@ -201,7 +202,10 @@ def test_an_oversized_message_is_refused(fleet: Fleet) -> None:
     refused(lambda: device.stub.CheckIn(request, timeout=10), Code.RESOURCE_EXHAUSTED)
 
 
-def test_the_bytes_of_a_day_are_limited(fleet: Fleet, adapter: Adapter) -> None:
+def test_the_bytes_of_a_day_are_limited(
+    fleet: Fleet, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "today", lambda: 20_000)  # and stays
     gateway, (device, other) = fleet(2, limits=Limits(bytes_a_day=5000, chunk_bytes=1024))
     open_round(gateway.opener, adapter)
     device.check_in()

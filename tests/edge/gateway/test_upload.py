@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from anabranch.edge.gateway.config import Limits
 from anabranch.edge.generated import edge_pb2
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter
-from benchmarks.edge.gateway_devices import Died, enrol_many, patiently
+from benchmarks.edge.gateway_devices import CALL_S, Died, chunks_of, enrol_many, patiently
 from benchmarks.edge.gateway_load import (
     adapter_of,
     delta_of,
@@ -63,8 +64,20 @@ def code_of(work: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 def test_an_upload_goes_on_where_it_was_cut(one: Any, chunks: int) -> None:
     gateway, device, frame = one
-    with pytest.raises(Died):
-        device.upload(frame, die_after=chunks, pause_s=0.2)  # the server reads each of them
+    status = device.begin(frame)
+    file = gateway.parts.spool.path(status.upload)
+
+    def cut() -> Iterator[Any]:
+        yield from itertools.islice(chunks_of(frame, status), chunks)
+        until = time.monotonic() + 20.0
+        while time.monotonic() < until:  # the server reads each of them
+            if file.exists() and file.stat().st_size == chunks * 1024:
+                break
+            time.sleep(0.01)
+        raise Died
+
+    with pytest.raises(grpc.RpcError):
+        device.stub.Upload(cut(), timeout=CALL_S)
     for _ in range(100):
         if device.begin(frame).committed == chunks * 1024:
             break

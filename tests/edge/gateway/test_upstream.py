@@ -45,14 +45,17 @@ def asked(number: int = 1, part: Part | None = None, **tables: Any) -> Assignmen
     return Assignment(run="run", round=number, config=config_of(**tables), **more)
 
 
-def answering(devices: list[Any], frames: list[bytes]) -> threading.Thread:
-    """Let devices take part as soon as there is a task for them."""
+def answering(
+    devices: list[Any], frames: list[bytes], then: Callable[[], object] = lambda: None
+) -> threading.Thread:
+    """Let devices take part as soon as there is a task for them, and then do that."""
 
     def work() -> None:
         for device, frame in zip(devices, frames, strict=True):
             while device.check_in().WhichOneof("outcome") != "task":
                 stop.wait(0.02)
             device.send(frame)
+        then()
 
     stop = threading.Event()
     thread = threading.Thread(target=work)
@@ -140,11 +143,14 @@ def test_too_few_devices_are_no_client(fleet: Fleet) -> None:
 def test_below_the_minimum_cohort_the_answer_is_a_refusal(fleet: Fleet, adapter: Adapter) -> None:
     gateway, devices = fleet(2)
     site = GatewaySite(gateway.folder.folder)
-    assignment = asked(federation=Federation(rounds=1, method="fedavg", deadline_s=3.0))
-    working = answering(devices[:1], [wire.encode(delta_of(adapter.spec, 0))])
+    working = answering(
+        devices[:1],
+        [wire.encode(delta_of(adapter.spec, 0))],
+        then=lambda: gateway.closer.due(now=time.time() + 86_400.0),  # the round's time is up
+    )
     app = flower.client_app(lambda context: site)
     with InProcessGrid(app, ["gateway"]) as grid:
-        content = flower.pack_assignment(assignment, wire.encode(adapter))
+        content = flower.pack_assignment(asked(), wire.encode(adapter))
         answer = flower.unpack_trained(_ask(grid, content, "train"), adapter.spec, Part(), Uplink())
     working.join()
     assert isinstance(answer, Refused)

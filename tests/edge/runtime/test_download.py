@@ -162,7 +162,8 @@ def test_too_little_space_is_noticed_before_a_byte(
     fake: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = asked(fake)
-    monkeypatch.setattr(download, "RESERVE", shutil.disk_usage(tmp_path).free)
+    here = shutil.disk_usage(tmp_path)._replace(free=download.RESERVE + file.size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: here)
     with gateway_of(fake) as gateway, pytest.raises(DeviceError, match="free some space"):
         fetch(gateway, file, tmp_path)
     assert fake.fetched == []

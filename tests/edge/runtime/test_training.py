@@ -262,6 +262,7 @@ engine = JointEngine(bundle, manifest, adapter)
 
 def tell() -> bool:
     print("step", flush=True)
+    sys.stdin.readline()
     return False
 
 done = train(engine, records, training, steps=30, seed=3, should_stop=tell,
@@ -282,15 +283,22 @@ def test_a_training_killed_at_random_steps_ends_with_the_same_bits(
     while not (tmp_path / "result").exists():
         patience = rng.randrange(3, 14)
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+            [sys.executable, "-c", KILLED, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
         )
-        assert process.stdout is not None
-        for seen, _ in enumerate(process.stdout, 1):
-            if seen == patience:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        process.stdout.close()
-        assert process.wait() in (0, -signal.SIGKILL)
+        with process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            for seen, _ in enumerate(process.stdout, 1):
+                process.stdin.write(b"\n")  # one step further, and no more
+                if seen == patience:
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+        assert process.returncode in (0, -signal.SIGKILL)
         assert kills < 40
     expected = run(bundle, records, steps=30)
     assert (tmp_path / "result").read_bytes() == encode(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from anabranch.protocols.adapter import WHOLE, Delta, Part
+from anabranch.protocols.adapter import WHOLE, Delta
+from anabranch.protocols.part import Part
 from anabranch.protocols.secagg.contribution import contribute, mean_of, sizes
 from anabranch.protocols.secagg.terms import Terms
 from anabranch.protocols.spec import AdapterSpec
@@ -120,5 +122,5 @@ def _delta(member: tuple[int, int, tuple[int, ...], tuple[float, ...]], *, by_ra
     return Delta(SPEC, part.take(SPEC, arrays), records, part=part, steps=steps)
 
 
-def _flat(arrays: dict[str, Any]) -> list[float]:
+def _flat(arrays: Mapping[str, Any]) -> list[float]:
     return [float(value) for array in arrays.values() for value in array.reshape(-1).tolist()]

@@ -24,17 +24,19 @@ def words(key: str, count: int) -> list[int]:
 
 
 def weight_of(case: dict[str, Any], member: dict[str, Any]) -> int:
-    return 1024 * (member["records"] if case["weighting"] == "examples" else 1)
+    records: int = member["records"] if case["weighting"] == "examples" else 1
+    return 1024 * records
 
 
 def trained(case: dict[str, Any], member: dict[str, Any]) -> list[int]:
-    return list(range(case["rank"])) if member["ranks"] is None else member["ranks"]
+    ranks: list[int] | None = member["ranks"]
+    return list(range(case["rank"])) if ranks is None else ranks
 
 
 def rank_weight(case: dict[str, Any], member: dict[str, Any]) -> int:
     """Return v = ⌈w · R / |I|⌉ with mixed ranks, else w."""
-    weight = weight_of(case, member)
-    return -(-weight * case["rank"] // len(trained(case, member)))
+    rank: int = case["rank"]
+    return -(-weight_of(case, member) * rank // len(trained(case, member)))
 
 
 def factors(case: dict[str, Any]) -> list[int | None]:

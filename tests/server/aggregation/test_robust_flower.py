@@ -137,30 +137,30 @@ def test_multi_krum_does_not_weigh_by_claimed_records_as_flower_does() -> None:
 
 def test_krum_distances_do_not_cancel_as_flower_s_float32_gram_does() -> None:
     """Flower 1.41 takes ‖x‖² + ‖y‖² − 2 <x, y> in float32; small differences of large vectors
-    vanish in it, and its choice is then no longer that of the scores.
+    vanish in it, and its choice is then no longer that of the scores, but for where its rounding
+    happens to agree: that differs between processors.
     """
     rng = np.random.default_rng(0)
-    shapes = PART.shapes(SPEC)
-    common = {n: 1e4 + rng.standard_normal(s) for n, s in shapes.items()}
-    deltas = [
-        Delta(
-            SPEC,
-            {n: (common[n] + step).astype(np.float32) for n in shapes},
-            1,
-            part=PART,
-        )
-        for step in (0.0, 0.02, 0.05, 0.09, 0.14)
-    ]
-    best = int(np.argmin(krum_scores(stack(deltas), 1)))
+    shapes, agreed = PART.shapes(SPEC), 0
+    for _ in range(20):
+        common = {n: 1e4 + rng.standard_normal(s) for n, s in shapes.items()}
+        deltas = [
+            Delta(
+                SPEC,
+                {n: (common[n] + step).astype(np.float32) for n in shapes},
+                1,
+                part=PART,
+            )
+            for step in (0.0, 0.02, 0.05, 0.09, 0.14)
+        ]
+        best = int(np.argmin(krum_scores(stack(deltas), 1)))
 
-    ours = flat(merge(Robust(rule="krum", byzantine=1), deltas))
-    chosen = [
-        int(c.metric_records["metrics"]["client"])  # type: ignore[arg-type]
-        for c in select_multikrum(as_contents(deltas), 1, 1)
-    ]
+        ours = flat(merge(Robust(rule="krum", byzantine=1), deltas))
+        (chosen,) = select_multikrum(as_contents(deltas), 1, 1)
 
-    np.testing.assert_allclose(ours, flat(deltas[best]), atol=1e-6)
-    assert chosen != [best]
+        np.testing.assert_allclose(ours, flat(deltas[best]), atol=1e-6)
+        agreed += chosen.metric_records["metrics"]["client"] == best
+    assert agreed < 20
 
 
 @pytest.mark.parametrize("name", ["krum", "multi-krum"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,9 @@ from anabranch.protocols.errors import AnabranchError
 from anabranch.protocols.identity import authority
 from anabranch.server.coordinator import enrolment
 from anabranch.server.coordinator.folder import Federation
-from anabranch.server.coordinator.supervisor import Supervisor
+from anabranch.server.coordinator.settings import split_address
+from anabranch.server.coordinator.supervisor import Supervisor, _listens
+from tests.ports import free_port
 
 HOST = "127.0.0.1"
 T = TypeVar("T")
@@ -72,6 +73,10 @@ def served(folder: Path) -> Iterator[Served]:
     here = Served(folder)
     with serving(here):
         here.supervisor.link.wait_ready(60)
+        end = time.monotonic() + 60
+        while not _listens(*split_address(here.federation.settings.bind)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
         yield here
 
 
@@ -87,20 +92,15 @@ def serving(here: Served) -> Iterator[None]:
         thread.join()
 
 
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as one:
-        one.bind((HOST, 0))
-        return int(one.getsockname()[1])
-
-
-def patiently(work: Callable[[], T], seconds: float = 60.0) -> T:
-    """Return what `work` does, once it does not raise an AnabranchError."""
+def patiently(
+    work: Callable[[], T], seconds: float = 60.0, *, passing: type[Exception] = AnabranchError
+) -> T:
+    """Return what `work` does, once it does not raise a `passing` error."""
     end = time.monotonic() + seconds
     while True:
         try:
             return work()
-        except AnabranchError:
+        except passing:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)

@@ -364,7 +364,9 @@ def test_a_certificate_that_a_site_signed_lets_nobody_in(here: Served, tmp_path:
     context.load_cert_chain(tmp_path / "chain.pem", tmp_path / "key.pem")
 
     with (
-        httpx.Client(verify=context, base_url=f"https://{here.address}", trust_env=False) as peer,
+        httpx.Client(
+            verify=context, base_url=f"https://{here.address}", trust_env=False, timeout=60
+        ) as peer,
         pytest.raises(httpx.TransportError),
     ):
         peer.get(join.HELLO)

@@ -60,7 +60,7 @@ def address(federation: Federation) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address) as found:
+    with httpx.Client(base_url=address, timeout=60) as found:
         yield found
 
 
@@ -114,7 +114,7 @@ def test_a_token_that_is_replaced_closes_the_page_at_once(tmp_path: Path) -> Non
     federation = make(tmp_path / "heart")
     file = federation.folder / "page.token"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    with serving(federation) as address, httpx.Client(base_url=address) as client:
+    with serving(federation) as address, httpx.Client(base_url=address, timeout=60) as client:
         client.get("/", params={"token": federation.page_token()})
         assert client.get("/api/view").status_code == 200
         file.write_text("another\n")
@@ -310,7 +310,7 @@ def test_more_pages_than_are_allowed_are_refused(
 def test_a_damaged_state_is_503_with_its_reason(tmp_path: Path) -> None:
     federation = make(tmp_path / "heart")
     headers = {"authorization": f"Bearer {federation.page_token()}"}
-    with serving(federation) as address, httpx.Client(base_url=address) as client:
+    with serving(federation) as address, httpx.Client(base_url=address, timeout=60) as client:
         federation.state.close()
         federation.state_file.write_bytes(b"not a database")
         del federation.state
@@ -335,7 +335,7 @@ def tls(federation: Federation, *pair: str) -> httpx.Client:
     context = ssl.create_default_context(cafile=str(federation.folder / "authority" / "ca.pem"))
     if pair:
         context.load_cert_chain(*pair)
-    return httpx.Client(verify=context)
+    return httpx.Client(verify=context, timeout=60)
 
 
 def test_over_tls_a_site_sees_itself_and_strangers_nothing(tmp_path: Path) -> None:

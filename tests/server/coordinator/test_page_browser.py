@@ -12,7 +12,15 @@ import pytest
 
 from anabranch.server.coordinator.folder import Federation
 from tests.browser import Browser, Page
-from tests.page_cases import add_run, add_site, example, make, report, serving
+from tests.page_cases import (
+    add_run,
+    add_site,
+    example,
+    make,
+    report,
+    serving,
+    write_reports,
+)
 from tests.runs import table_text
 
 READY = "document.body.dataset.ready === 'yes'"
@@ -86,6 +94,7 @@ def test_every_wait_shows_who_since_until_why_and_then_without_scrolling(
 def test_states_are_words_and_everything_shown_is_there(
     browser: Browser, address: str, federation: Federation
 ) -> None:
+    write_reports(federation, "heart-disease-3f9c21d07a44", time.time())  # some time has passed
     page = opened(browser, address, federation, 390, 844)
 
     text = page.value("document.body.innerText")

@@ -471,7 +471,7 @@ def test_no_client_shares_noise_with_another_or_with_itself_a_round_later(
     assert float(correlation.abs().max()) < 0.65  # almost 6 standard deviations
     for i, one in enumerate(changes):
         for other in changes[:i]:
-            assert not (one == other).any()
+            assert int((one == other).sum()) <= 1  # two float32 of fresh noise meet in 4e-5 of runs
 
 
 def test_an_empty_batch_is_a_step_of_noise_alone(classifier: Sequences) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from anabranch.edge.gateway.authority import Authority
-from anabranch.edge.gateway.config import GATEWAY_FILE
+from anabranch.edge.gateway.config import GATEWAY_FILE, Limits
 from anabranch.edge.gateway.operator import gateway_file, invite, make_gateway
 from anabranch.edge.gateway.server import Gateway as Serving
 from anabranch.edge.gateway.server import start
@@ -35,10 +35,10 @@ from anabranch.protocols.messages import Assignment
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Federation, Uplink
 from anabranch.protocols.wire import decode_delta
-from benchmarks.edge.gateway_load import free_port
 from tests.edge.agents import TRAINING, agent_of, offer, write_data
 from tests.edge.bundles import TRUSTED
 from tests.edge.gateways import FakeGateway, enrolled_at
+from tests.ports import free_port
 
 PRIVACY = edge_pb2.RecordPrivacy(
     noise_multiplier=1.0, sample_rate=4 / 24, clipping_norm=1.0, delta=1e-4
@@ -227,6 +227,7 @@ def test_three_devices_train_and_the_gateway_sees_their_sum_alone(
         cohort=3,
         min_cohort=3,
         retry_s=1,
+        limits=Limits(calls_a_minute=100_000),
         secure_aggregation={"minimum": 3, "stage_s": 20.0},
     )
     make_gateway(tmp_path / "gateway", file)
