@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.secagg.fixed_point import Grid, ring_for
-from anabranch.protocols.secagg.graph import require_mixed
+from anabranch.protocols.secagg.graph import smallest_company
 from anabranch.protocols.tables import SEPARABLE, SecureAggregation, Tables
 
 NOT = "[secure_aggregation] does not go with"
@@ -60,7 +60,7 @@ def check_secure(secure: SecureAggregation, config: Tables) -> None:
             "or, if no site colludes with the coordinator, secure_aggregation.colluding = 0"
         )
     if secure.group is not None and federation.cohort is not None:
-        require_mixed(secure.group, federation.cohort, secure.colluding)
+        smallest_company(federation.cohort, secure)
     if secure.group is not None and federation.weighting != "uniform":
         raise ConfigError(
             'secure_aggregation.group needs federation.weighting = "uniform": a robust rule counts '

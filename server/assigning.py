@@ -21,7 +21,7 @@ from anabranch.protocols.errors import AnabranchError, RunError
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.messages import Assignment, Trained
 from anabranch.protocols.part import Part
-from anabranch.protocols.secagg.graph import quorum
+from anabranch.protocols.secagg.graph import smallest_company
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.server.aggregation.rule import Rule
 from anabranch.server.flower import Peer, Question, read_kept, read_trained
@@ -79,8 +79,8 @@ class Assigner:
     def _most_ranks(self, spec: AdapterSpec, peers: Mapping[str, Peer]) -> int:
         """Return how many ranks a site may train, so that enough others train each of them.
 
-        In a secure sum what few sites train would be seen: `minimum` must, though so many drop
-        out as may. Without one, all.
+        In a secure sum what few sites train would be seen: `minimum` who do not collude must train
+        each rank, whoever drops out (client/sums/terms.py, require_company). Without a sum, all.
         """
         secure = self.config.secure_aggregation
         limits = sorted(
@@ -89,8 +89,11 @@ class Assigner:
         )
         if secure is None or not self.config.federation.mixed_ranks or not limits:
             return spec.rank
-        may_drop = len(limits) - quorum(len(limits), secure.threshold)
-        return limits[min(len(limits), secure.minimum + may_drop) - 1]
+        summed = min(len(limits), self.config.federation.cohort or len(limits))
+        if summed < secure.minimum:  # some may come back
+            return limits[-1]
+        lower = max(smallest_company(summed, secure).honest - secure.minimum, 0)
+        return limits[len(limits) - 1 - lower]
 
     def _part(self, number: int, spec: AdapterSpec, peer: Peer, most: int) -> Part:
         secure = self.config.secure_aggregation is not None

@@ -17,7 +17,7 @@ the merge is as deterministic as without them: in the order of names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ class Synchronous:
         question = self._assigner.question(number, adapter.spec)
         cohort = self._drawn(number, self._exchange.connect(number))
         if self._secure is not None:
-            self._secure.require_possible(adapter.spec, len(cohort))
+            self._secure.require_possible(adapter.spec, self._most_summed(cohort))
         contents = self._assigner.put(question, adapter, cohort)
         self._exchange.event("round_started", round=number, sites=list(cohort))
         self._exchange.ask(question, contents)
@@ -84,6 +84,13 @@ class Synchronous:
             return state, replace(merged, error=None, clients=clients), question
         state, merged = self._assigner.rule.merge(state, adapter, self._deltas(question))
         return state, merged, question
+
+    def _most_summed(self, cohort: Collection[str]) -> int:
+        """Return how many of those asked are in the sum, at most: with over-selection not all."""
+        federation = self._config.federation
+        if federation.cohort is None or not federation.over_selection:
+            return len(cohort)
+        return min(len(cohort), federation.cohort)
 
     def _drawn(self, number: int, peers: Mapping[str, Peer]) -> dict[str, Peer]:
         if self._private is not None:

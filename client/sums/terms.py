@@ -9,7 +9,7 @@ import hashlib
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +26,11 @@ from anabranch.protocols.part import Part
 from anabranch.protocols.secagg import contribution
 from anabranch.protocols.secagg.agreed_noise import contribute_noised, noise_of, values_of
 from anabranch.protocols.secagg.fixed_point import OutOfRange, ring_for
+from anabranch.protocols.secagg.graph import Company, colluders
+from anabranch.protocols.secagg.member import Member
+from anabranch.protocols.secagg.messages import Adverts, Delivery, Request, Survivors
 from anabranch.protocols.secagg.noise import ring_limit
+from anabranch.protocols.secagg.plan import Group
 from anabranch.protocols.secagg.ring import RingBits
 from anabranch.protocols.secagg.terms import Terms
 from anabranch.protocols.spec import AdapterSpec, shown
@@ -116,30 +120,76 @@ def agreement_of(config: RunConfig, part: Part) -> str:
     return hashlib.sha256(AGREEMENT + told).hexdigest()
 
 
-def require_company(terms: Terms, part: Part, rank: int, names: Iterable[str], name: str) -> None:
-    """Raise ProtocolError unless `minimum` of these members, or none, trained each rank.
+def require_company(
+    terms: Terms, rank: int, names: Collection[str], group: Group | None = None
+) -> None:
+    """Raise ProtocolError if few_trained says that a sum among `names` would show too much."""
+    few = few_trained(terms, rank, names, group)
+    if few:
+        raise ProtocolError(f"round {terms.round}: {few}")
 
-    `part` is what `name` trained of an adapter of so many ranks. What one alone trained stands in
-    the sum as it is. Every member looks at all ranks: who is in the sum need not be asked to open
-    it. Who says it trained what it did not counts as colluding.
+
+def few_trained(
+    terms: Terms, rank: int, names: Collection[str], group: Group | Company | None = None
+) -> str:
+    """Return "" if each rank was trained by enough of `names`, by all, or by none; else what is so.
+
+    `rank`: of the adapter; `group`: whose sum it is, once that is known. Enough are `minimum` + c:
+    all c that may collude may have trained the rank of one member, and take their part off the
+    sum. On a sparse graph a sum may come apart into parts of group.honest honest members, so
+    fewer may leave a rank out: `minimum` of any such part must have trained it.
+
+    Every member looks at all ranks, not at its own alone: the sum is opened also without those
+    who refuse. Who says it trained what it did not counts as colluding.
     """
-    told = {} if isinstance(terms.ranks, msgspec.UnsetType) else terms.ranks
-    if told.get(name) != part.ranks:
+    told = _ranks(terms)
+    if not told:
+        return ""
+    whole = sum(one not in told for one in names)
+    some = Counter(index for one in names for index in set(told.get(one, ())))
+    c = colluders(len(terms.members), terms.colluding)
+    needed = terms.minimum + c
+    if group is not None and not group.shape.complete:
+        needed = max(needed, len(names) - group.honest + terms.minimum)
+    for index in range(rank):
+        trained = whole + some[index]
+        if 0 < trained < min(needed, len(names)):
+            return (
+                f"{trained} members trained rank {index}, {needed} are needed, {c} of whom may "
+                "collude: the sum would show what each of them learned"
+            )
+    return ""
+
+
+def require_going_on(member: Member, rank: int, request: Request) -> None:
+    """Raise ProtocolError, as require_company does, for what a stage tells of who is left.
+
+    Before a masked vector leaves, so that the update is still free for another attempt. On a
+    complete graph a delivery tells of all who are left; on a sparse one of neighbours alone.
+    """
+    terms = member.terms
+    if not _ranks(terms) or not isinstance(request, Adverts | Delivery | Survivors):
+        return
+    group = member.group
+    names = group.names
+    if isinstance(request, Survivors):
+        names = request.names
+    elif isinstance(request, Delivery) and group.shape.complete:
+        names = (*request.sealed, member.name)
+    require_company(terms, rank, names, group)
+
+
+def require_told(terms: Terms, part: Part, name: str) -> None:
+    """Raise ProtocolError unless the terms say that `name` trained this part's ranks."""
+    if _ranks(terms).get(name) != part.ranks:
         raise ProtocolError(
             f"terms of round {terms.round}: {name} trained other ranks than they say"
         )
-    if not told:
-        return
-    among = list(names)
-    whole = sum(one not in told for one in among)
-    some = Counter(index for one in among for index in set(told.get(one, ())))
-    for index in range(rank):
-        trained = whole + some[index]
-        if 0 < trained < terms.minimum:
-            raise ProtocolError(
-                f"round {terms.round}: {trained} members trained rank {index}, {terms.minimum} are "
-                "needed: the sum would show what each of them learned"
-            )
+
+
+def _ranks(terms: Terms) -> dict[str, tuple[int, ...]]:
+    """Return who trained some ranks alone, and which."""
+    return {} if isinstance(terms.ranks, msgspec.UnsetType) else terms.ranks
 
 
 def digest_of(adapter: Adapter) -> str:
@@ -189,5 +239,6 @@ def require_terms(terms: Terms, assignment: Assignment, kept: Kept | None, name:
             f"terms of round {assignment.round}: keystream {terms.keystream}, and the "
             f"configuration asks for {secure.keystream}"
         )
-    require_company(terms, delta.part, delta.spec.rank, terms.members, name)
+    require_told(terms, delta.part, name)
+    require_company(terms, delta.spec.rank, terms.members)
     return kept

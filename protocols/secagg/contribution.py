@@ -11,8 +11,10 @@ W is the terms' `weight`, the same for all. The coordinator sees Σ of each. Fro
 
     mean = Σ w_k d_k / Σ w_k        FedNova: d_k / τ_k in place of d_k, times Σ w_k τ_k / Σ w_k
 
-rank by rank with mixed ranks, as server/aggregation/mean.py does it in the clear. No weight and no
-count of a single member is seen by anybody.
+rank by rank with mixed ranks, as server/aggregation/mean.py does it in the clear. Records, weights
+and steps are seen as sums over all. But two ranks' v differ by those of the members that train one
+of them alone, I_k is in the terms, and so Σ w_k over members of one I_k is seen: of one member, if
+no other trains just these ranks. With uniform weights that says nothing.
 """
 
 from __future__ import annotations

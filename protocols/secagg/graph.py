@@ -1,14 +1,14 @@
 """Who masks with whom, who holds whose shares, and how many of them are needed.
 
-    n  members        c = ⌊colluding · n⌋  members who may side with the coordinator
+    n  members        c  may side with the coordinator: ⌊colluding · M⌋ of the M invited
     k  degree         holders(u) = N(u) and u, k + 1 of them        t  threshold
 
 Complete graph, n ≤ COMPLETE_UP_TO (Bonawitz et al. 2017, doi:10.1145/3133956.3133982):
 
-    k = n − 1,   t = ⌊share · n⌋ + 1 (at most n),   2t > n + c
+    k = n − 1,   t = max(⌊share · n⌋, ⌊(n + c) / 2⌋) + 1 (at most n)
 
 An honest holder reveals one of a member's two secrets, a colluding one both: to collect both
-takes 2t reveals, and n + c are to be had.
+takes 2t > n + c reveals, and n + c are to be had.
 
 Sparse graph above (Bell et al. 2020, doi:10.1145/3372297.3417885): the smallest even k, then the
 smallest t, with
@@ -24,6 +24,9 @@ The first tail also bounds what a coordinator gains by dropping whom it likes on
 graph. A survivor whose sum opens has t holders who survive, at most 2t − k − 2 of them colluding:
 the other k + 2 − t or more, itself included, are honest, and each shares with it a mask that stays
 secret. So no sum over fewer than k + 2 − t honest members ever opens.
+
+The coordinator says whose keys arrive, and whoever sends the last ones can try many partitions
+into groups: so c is counted of all who were invited, and all c may be in one group.
 
 The graph is a random circulant: the members stand on a circle in an order that the seed decides,
 and everyone's neighbours are those k/2 distances to the right and to the left, distances that
@@ -45,6 +48,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from anabranch.protocols.errors import ConfigError
+from anabranch.protocols.tables import SecureAggregation
 
 COMPLETE_UP_TO = 128
 DROPOUTS = Fraction(1, 10)
@@ -66,20 +70,58 @@ class Shape:
     complete: bool
 
 
+@dataclass(frozen=True)
+class Company:
+    """What it takes to open a group's sum, and how many honest members are then in it."""
+
+    shape: Shape
+    needed: int  # of the group must be in the sum, and must sign who is
+    honest: int  # so many who do not collude are in every sum that can be opened; 2 or more
+
+
 def quorum(members: int, share: float) -> int:
     """Return the least number of survivors: more than `share` of the members, at most all."""
     return min(_floor(share, members) + 1, members)
 
 
-def require_mixed(group: int, members: int, colluding: float) -> None:
-    """Raise ConfigError if all of a group of so many could be among those that may collude."""
-    helping = quorum(members, colluding) - 1  # ⌊colluding n⌋
-    if group <= helping:
+def company_of(
+    members: int, invited: int, *, minimum: int, share: float, colluding: float, grouped: bool
+) -> Company:
+    """Return the company of a group of `members`: without groups, of all that sent keys.
+
+    With groups (`grouped`) all c may be in this one, and `minimum` others must be. Raises
+    ConfigError if there are not so many, or fewer than 2 others, or no threshold holds.
+    """
+    c = colluders(invited, colluding)
+    if grouped and members < minimum + c:
         raise ConfigError(
-            f"secure_aggregation.group: all of a group of {group} members could be among the "
-            f"{helping} of {members} that may collude; make secure_aggregation.group larger, or "
-            "lower secure_aggregation.colluding"
+            f"secure_aggregation.group: {c} of {invited} members may collude, all of them in one "
+            f"group, and secure_aggregation.minimum = {minimum} who do not must be in it: a group "
+            f"of {members} is too small. Set group to {minimum + c} or more, or lower "
+            "secure_aggregation.colluding"
         )
+    if members - c < 2:
+        raise ConfigError(
+            f"{members} members are there, and {c} of the {invited} invited may collude: {c + 2} "
+            "are needed, or the sum would show one update; else lower secure_aggregation.colluding"
+        )
+    share = max(share, (members + c) / (2 * members))
+    shape = shape_of(members, share, c / members)
+    needed = max(minimum + c if grouped else minimum, quorum(members, share))
+    around = members if shape.complete else shape.holders + 1 - shape.threshold
+    return Company(shape, needed, honest=min(needed - c, around))
+
+
+def smallest_company(members: int, secure: SecureAggregation) -> Company:
+    """Return the company of the smallest group of a round, if all `members` send keys."""
+    return company_of(
+        members // max(members // (secure.group or members), 1),
+        members,
+        minimum=secure.minimum,
+        share=secure.threshold,
+        colluding=secure.colluding,
+        grouped=secure.group is not None,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -152,10 +194,10 @@ def _circulant(names: tuple[str, ...], seed: bytes, degree: int) -> Neighbours:
 def _sparse(n: int, c: int) -> Shape:
     """Return the smallest even degree, then the smallest threshold, with both tails small."""
     dropped = int(DROPOUTS * n)
-    colluders = _Tail(n - 1, c)
+    helpers = _Tail(n - 1, c)
     dropouts = _Tail(n - 1, dropped)
     for k in range(2, min(n - 1, MAX_DEGREE) + 1, 2):
-        a = colluders.least(k, n, SECRECY_BITS)  # fewer than a colluding neighbours, for all
+        a = helpers.least(k, n, SECRECY_BITS)  # fewer than a colluding neighbours, for all
         b = dropouts.least(k, n, LIVENESS_BITS) - 1  # at most b neighbours drop out, for all
         t = (a + k + 2) // 2  # the smallest with 2t − (k + 1) ≥ a
         if t <= k - b:
@@ -196,6 +238,11 @@ class _Row:
         while len(row) <= i:
             row.append(row[-1] * (self._n - len(row) + 1) // len(row))
         return row[i]
+
+
+def colluders(members: int, colluding: float) -> int:
+    """Return c: how many of the invited `members` may side with the coordinator."""
+    return _floor(colluding, members)
 
 
 def _floor(share: float, members: int) -> int:

@@ -6,14 +6,15 @@
     D1, D2       sensitivities of the vector of whole numbers, ℓ1 and ℓ2
     V    variance of the noise in every sum that is opened, at least, in steps²
     σ    noise multiplier, √V / D2
-    t    members that must be in a sum for it to be opened, of those that advertised keys
-    c    members that may tell the coordinator all they know, of those that were invited
-    h    t − c: honest members in every opened sum, at least. In a sparse graph a coordinator
-         that lies may open sums of fewer: graph.py has the bound, which is taken if it is less
+    N, M members that advertised keys, of those that were invited
+    c    ⌊colluding M⌋: members that may tell the coordinator all they know
+    a    honest members in every sum that can be opened, at least: needed − c (plan.py), and on a
+         sparse graph, where a coordinator that lies may open sums of fewer, at most k + 2 − t
+         (graph.py)
 
-Each member adds Skellam noise (skellam.py) of variance ⌈V / h⌉ before it masks. Skellam noise is
-closed under sums, so what is opened has noise of variance V or more that nobody knows: from h
-honest members V, from each further one V / h more. The sum mod 2^b, and all that is made of it,
+Each member adds Skellam noise (skellam.py) of variance ⌈V / a⌉ before it masks. Skellam noise is
+closed under sums, so what is opened has noise of variance V or more that nobody knows: from a
+honest members V, from each further one V / a more. The sum mod 2^b, and all that is made of it,
 is post-processing: a ring that is too narrow costs accuracy and no privacy.
 
 Unit "client". Neighbouring runs differ in one client's update, which is zeros in one of them. The
@@ -30,8 +31,10 @@ Unit "record". Neighbouring records of a site differ by one record, added or rem
 the sum is at most S. Values x are rounded as ⌊x + u⌋, u uniform and independent of all records. Of
 neighbours x and x + g the results, with the same u, differ by g rounded at random, so the bound
 above holds outside of an event of chance β over u; β is charged to δ (`slack`). That g is within
-S holds in real numbers: the sum of gradients is a float32, whose rounding one percent of S is kept
-for (MARGIN); it is not hardened beyond.
+S holds in real numbers. Gradients of records are float32, their sum is taken in float64 and the
+update rounded to float32 once: that moves it by at most 2⁻²³ of S for each record of the batch
+(config_noise.MOST_BATCH). One percent of S is kept for it, and for the last bits of gradients,
+which depend on what is computed beside them (MARGIN); it is not hardened beyond.
 
 Of both, D1 <= min(√d D2, D2²), which whole numbers keep.
 
@@ -45,7 +48,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,7 @@ from numpy.typing import NDArray
 
 from anabranch.protocols import rdp
 from anabranch.protocols.errors import ConfigError, PrivacyError
-from anabranch.protocols.secagg.graph import quorum, shape_of
+from anabranch.protocols.secagg.graph import company_of
 from anabranch.protocols.secagg.ring import RINGS, Ring, RingArray
 from anabranch.protocols.secagg.skellam import KEY_BYTES, MOST_VARIANCE, Integers, skellam
 from anabranch.protocols.spend import Skellam, Spend, Unit
@@ -66,7 +68,7 @@ Random = Callable[[int], bytes]
 
 BETA = math.exp(-0.5)  # of a client's rounding, which is drawn again
 SLACK = 1e-3  # share of δ that the rounding of records takes, over all rounds
-MARGIN = 0.01  # of a record's bound: for sums of gradients in float32
+MARGIN = 0.01  # of a record's bound: for updates and gradients in float32
 LEAST_RESOLUTION = 64  # R
 FINENESS = 4.0  # R in √d, where the noise allows: rounding then adds 1.6 % to D2²
 SPREAD = 9.0  # standard deviations of noise that the ring holds
@@ -184,24 +186,19 @@ def squared_bound(resolution: int, values: int, beta: float) -> int:
 
 
 def honest_members(advertised: int, invited: int, secure: SecureAggregation) -> int:
-    """Return h of a sum of which `invited` members were told and `advertised` sent their keys.
+    """Return a of a sum to which `invited` members were asked, and `advertised` sent keys.
 
     All colluding ones among the invited are taken to be in the sum: a coordinator decides whose
-    keys arrive. Raises ConfigError if nobody's noise is certain.
+    keys arrive. Raises ConfigError if there are too few others for a sum.
     """
-    needed = max(quorum(advertised, secure.threshold), secure.minimum)
-    colluding = math.floor(Fraction(secure.colluding).limit_denominator(1_000_000) * invited)
-    honest = min(needed, advertised) - colluding
-    shape = shape_of(advertised, secure.threshold, secure.colluding)
-    if not shape.complete:
-        honest = min(honest, shape.holders + 1 - shape.threshold)
-    if honest < 1:
-        raise ConfigError(
-            f"secure_aggregation.colluding = {secure.colluding:g}: of {invited} members "
-            f"{colluding} may collude, and a sum of {needed} may be opened, so nobody's noise is "
-            "certain to be in it: raise threshold, or lower colluding"
-        )
-    return honest
+    return company_of(
+        advertised,
+        invited,
+        minimum=secure.minimum,
+        share=secure.threshold,
+        colluding=secure.colluding,
+        grouped=False,
+    ).honest
 
 
 def ring_limit(
@@ -210,7 +207,8 @@ def ring_limit(
     """Return the ring of a sum, and the `limit` with which Grid(ring, members, limit) has `step`.
 
     The ring is the narrowest, or the one in the configuration, that holds the sum of all updates
-    and SPREAD standard deviations of noise. Raises ConfigError if there is none.
+    and SPREAD standard deviations of noise, if all send keys. Where few do, each makes more noise,
+    and it holds less of it: that costs accuracy. Raises ConfigError if there is none.
     """
     local = noise.local_variance(honest_members(members, members, secure))
     largest = members * (math.ceil(noise.reach / noise.step) + 1)

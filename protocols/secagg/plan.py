@@ -2,13 +2,15 @@
 
 Members and coordinator compute it by themselves, and get the same.
 
-    n members of a group, N of all groups    c = ⌊colluding N⌋, all of whom may be in one group
-    needed = max(minimum, ⌊threshold n⌋ + 1, ⌊(n + c) / 2⌋ + 1), at most n unless minimum is more
+    n members of a group    M invited    c = ⌊colluding M⌋, all of whom may be in one group
+    needed = max(minimum, min(n, max(⌊threshold n⌋, ⌊(n + c) / 2⌋) + 1))
+             with minimum + c in place of minimum if there are groups
 
 So many must be in a sum, and so many must sign who is in it. Two survivor sets of one group
 would need n + c signatures or fewer: there is one. Signatures of neighbours alone are not enough
 in a sparse graph (tests/attacks/test_equivocating_survivors.py). Whoever chooses the last advert
-can try many partitions into groups, hence the c of all groups.
+can try many partitions into groups: hence c is that of all groups, and `minimum` others are
+needed in each.
 """
 
 from __future__ import annotations
@@ -18,14 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from anabranch.protocols.secagg.fixed_point import slots
-from anabranch.protocols.secagg.graph import (
-    Shape,
-    groups_of,
-    neighbours,
-    quorum,
-    require_mixed,
-    shape_of,
-)
+from anabranch.protocols.secagg.graph import Shape, company_of, groups_of, neighbours
 from anabranch.protocols.secagg.ring import Ring
 from anabranch.protocols.secagg.terms import Advert, Terms, context_of
 
@@ -37,6 +32,7 @@ class Group:
     names: tuple[str, ...]  # ascending
     shape: Shape
     needed: int  # of them must be in the sum, and must sign it
+    honest: int  # so many who do not collude are in every sum of it that can be opened
     peers: dict[str, tuple[str, ...]]  # member -> with whom it shares a mask, ascending
 
     def holders(self, name: str) -> tuple[str, ...]:
@@ -67,16 +63,17 @@ class Plan:
         return Ring(self.terms.ring)
 
     def _group(self, names: tuple[str, ...]) -> Group:
-        terms, count = self.terms, len(names)
-        share, colluding = terms.threshold, terms.colluding
-        helping = quorum(len(self.adverts), colluding) - 1  # ⌊colluding N⌋
-        if terms.group is not None:
-            require_mixed(count, len(self.adverts), colluding)
-            colluding, share = helping / count, max(share, (count + helping) / (2 * count))
-        shape = shape_of(count, share, colluding)
-        needed = max(quorum(count, terms.threshold), (count + helping) // 2 + 1)
-        peers = neighbours(names, self.context, shape)
-        return Group(names, shape, max(terms.minimum, min(needed, count)), peers)
+        terms = self.terms
+        company = company_of(
+            len(names),
+            len(terms.members),
+            minimum=terms.minimum,
+            share=terms.threshold,
+            colluding=terms.colluding,
+            grouped=terms.group is not None,
+        )
+        peers = neighbours(names, self.context, company.shape)
+        return Group(names, company.shape, company.needed, company.honest, peers)
 
 
 def length(terms: Terms) -> int:

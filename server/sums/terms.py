@@ -11,7 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from anabranch.client.sums.terms import agreement_of, digest_of, grid_of_sum, summed
+from anabranch.client.sums.terms import (
+    agreement_of,
+    digest_of,
+    few_trained,
+    grid_of_sum,
+    summed,
+)
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, RunError
@@ -19,7 +25,7 @@ from anabranch.protocols.messages import Trained
 from anabranch.protocols.part import Part
 from anabranch.protocols.secagg import contribution
 from anabranch.protocols.secagg.agreed_noise import noise_of, values_of
-from anabranch.protocols.secagg.graph import require_mixed, shape_of
+from anabranch.protocols.secagg.graph import smallest_company
 from anabranch.protocols.secagg.masks import fastest
 from anabranch.protocols.secagg.terms import Peer as RosterPeer
 from anabranch.protocols.secagg.terms import Roster, Terms
@@ -27,6 +33,10 @@ from anabranch.protocols.spec import AdapterSpec
 from anabranch.protocols.tables import SecureAggregation
 from anabranch.server.aggregation.robust import least
 from anabranch.server.flower import Peer, Question
+
+
+class FewTrained(RunError):
+    """Too few of those who are there have trained a rank: every member would refuse the sum."""
 
 
 def roster_of(peers: Mapping[str, Peer]) -> Roster:
@@ -52,7 +62,7 @@ def require_possible(
         return
     grid_of_sum(config, secure, spec, members)
     if secure.group is None or config.robust is None:
-        shape_of(members, secure.threshold, secure.colluding)
+        smallest_company(members, secure)
         return
     groups, need = max(members // secure.group, 1), max(least(config.robust), 2)
     if groups < need:
@@ -62,7 +72,7 @@ def require_possible(
             f"{need * secure.group} sites. Ask more sites, make groups smaller, or lower "
             "robust.byzantine"
         )
-    require_mixed(members // groups, members, secure.colluding)
+    smallest_company(members, secure)
 
 
 def terms_of(
@@ -76,7 +86,8 @@ def terms_of(
 ) -> Terms:
     """Return the terms of a new sum of what `members` have trained from `adapter`.
 
-    Raises RunError for a member that trains some of the ranks, in a run without mixed ranks.
+    Raises RunError for a member that trains some of the ranks, in a run without mixed ranks, and
+    FewTrained for a rank that too few of the members have trained.
     """
     by_rank, weighting = config.federation.mixed_ranks, config.federation.weighting
     parts = {name: question.parts[name] for name in members}
@@ -98,7 +109,7 @@ def terms_of(
     values, counters = contribution.sizes(adapter.spec, part_of(question), by_rank=by_rank)
     ring, limit = grid_of_sum(config, secure, adapter.spec, len(members))
     noised = noise_of(config, values_of(adapter.spec)) is not None
-    return Terms(
+    terms = Terms(
         run=run,
         round=question.round,
         instance=secrets.token_hex(32),
@@ -120,3 +131,15 @@ def terms_of(
         ranks={name: part.ranks for name, part in parts.items() if part.ranks is not None}
         or msgspec.UNSET,
     )
+    try:
+        company = smallest_company(len(members), secure) if low else None
+    except ConfigError as error:
+        raise FewTrained(f"round {question.round}: {error}") from None
+    few = few_trained(terms, adapter.spec.rank, members, company)
+    if few:
+        raise FewTrained(
+            f"round {question.round}: {few}. Too few sites of a high rank have trained in time, so "
+            "nothing is summed: ask more sites, give them more time "
+            "(federation.deadline_s), or lower lora.rank to what all of them can train"
+        )
+    return terms

@@ -37,8 +37,8 @@ class AsksNeighbours(AsksNobody):
     """Is content when t of the holders of its own shares signed."""
 
     def _reveal(self, request: Agreement) -> Answer:
-        around = {self.name, *self._group.peers[self.name]} & set(self._survivors)
-        if len(around & request.signatures.keys()) < self._group.shape.threshold:
+        around = {self.name, *self.group.peers[self.name]} & set(self._survivors)
+        if len(around & request.signatures.keys()) < self.group.shape.threshold:
             return Answer(Reveal(instance=self.terms.instance, seeds={}, keys={}))
         return super()._reveal(request)
 

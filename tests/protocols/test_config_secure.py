@@ -74,7 +74,8 @@ def test_what_a_sum_is_enough_for_is_taken(tables: dict[str, Any]) -> None:
                 "secure": "group = 4",
                 "more": '[robust]\nrule = "median"',
             },
-            "all of a group of 4 members",
+            "4 of 40 members may collude, all of them in one group, and secure_aggregation.minimum "
+            "= 3 who do not must be in it: a group of 4 is too small. Set group to 7 or more",
         ),
         ({"federation": "cohort = 2"}, "federation.cohort: 2 sites"),
         ({"secure": "threshold = 0.5"}, "threshold = 0.5 does not hold"),

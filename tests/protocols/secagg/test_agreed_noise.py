@@ -22,6 +22,7 @@ from anabranch.protocols.secagg.agreed_noise import (
 )
 from anabranch.protocols.secagg.contribution import mean_of
 from anabranch.protocols.secagg.noise import MARGIN
+from anabranch.protocols.secagg.plan import length
 from tests.noise_cases import CLIENT, RECORD, config, noise, terms
 from tests.simulations.rig import SPEC
 
@@ -131,7 +132,25 @@ def test_a_sum_that_colluders_could_fill_is_refused() -> None:
     secure = run.secure_aggregation
     assert secure is not None
     agreed = terms(run, 20)
-    with pytest.raises(ConfigError, match="nobody's noise is certain"):
-        contribute_noised(
-            delta(), agreed, noise(run), secure, advertised=6, random=secrets.token_bytes
-        )
+    for advertised in (6, 7):
+        with pytest.raises(ConfigError, match="6 of the 20 invited may collude: 8 are needed"):
+            contribute_noised(
+                delta(),
+                agreed,
+                noise(run),
+                secure,
+                advertised=advertised,
+                random=secrets.token_bytes,
+            )
+
+
+def test_whose_sum_has_a_plan_makes_noise_for_it() -> None:
+    """Of 20 invited, 6 of whom may collude, 8 come: a sum of all 8 has two honest ones' noise."""
+    run = config(RECORD, secure_aggregation__colluding=0.3)
+    secure = run.secure_aggregation
+    assert secure is not None
+    agreed = terms(run, 20)
+    vector = contribute_noised(
+        delta(), agreed, noise(run), secure, advertised=8, random=secrets.token_bytes
+    )
+    assert vector.shape == (length(agreed),)

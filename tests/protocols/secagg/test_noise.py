@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -198,8 +199,24 @@ def test_honest_members() -> None:
     assert not shape.complete
     assert honest_members(many, many, SECURE) == shape.holders + 1 - shape.threshold
     colluding = SecureAggregation(threshold=0.9, colluding=0.4)
-    with pytest.raises(ConfigError, match="nobody's noise is certain"):
+    with pytest.raises(ConfigError, match="12 of the 30 invited may collude: 14 are needed"):
         honest_members(10, 30, colluding)
+
+
+@pytest.mark.parametrize(("colluding", "invited"), [(0.3, 20), (0.1, 100), (0.0, 12), (0.25, 60)])
+def test_noise_is_made_for_the_fewest_honest_ones_of_a_sum_that_a_plan_lets_open(
+    colluding: float, invited: int
+) -> None:
+    """However few of the invited send keys: no more noise than that, no less, and no refusal."""
+    secure, c = SecureAggregation(minimum=3, colluding=colluding), int(colluding * invited)
+    found = plan()
+    for n in range(max(3, c + 2), invited + 1):
+        signers = max(3, min(n, max(int(Fraction(2, 3) * n), (n + c) // 2) + 1))
+        honest = honest_members(n, invited, secure)
+        assert honest == signers - c
+        assert found.local_variance(honest) * (signers - c) >= found.variance
+    with pytest.raises(ConfigError):
+        honest_members(c + 1, invited, secure)
 
 
 # Laws: the ring

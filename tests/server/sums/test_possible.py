@@ -34,7 +34,13 @@ def require(run: RunConfig, members: int) -> None:
     ("run", "sites", "text"),
     [
         (secured(config(rounds=1), ring=16, value_bits=12), 40, "ring"),
-        (grouped(Robust(rule="median"), group=3), 40, "all of a group of 3 members could be among"),
+        (
+            grouped(Robust(rule="median"), group=5),
+            40,
+            "4 of 40 members may collude, all of them in one group, and "
+            "secure_aggregation.minimum = 2 who do not must be in it: a group of 5 is too small. "
+            "Set group to 6 or more",
+        ),
         (grouped(Robust(rule="median"), group=7), 12, "12 sites make 1 groups of 7"),
         (
             grouped(Robust(rule="krum", byzantine=2), group=3),
@@ -82,6 +88,21 @@ def test_as_many_as_a_rule_needs_are_enough(rule: Any, byzantine: int, clients: 
 
 def test_fewer_than_the_minimum_may_still_come() -> None:
     require(secured(config(rounds=1), minimum=5, ring=16, value_bits=12), 4)
+
+
+def test_who_is_asked_beyond_the_cohort_is_in_no_sum() -> None:
+    """Of 19 one may collude, and groups of four are enough; 29 are asked, the first 19 count."""
+    run = grouped(Robust(rule="median"), group=4, minimum=3)
+    more = msgspec.structs.replace(run.federation, cohort=19, over_selection=0.5)
+    run = msgspec.structs.replace(run, federation=more)
+    toys = [SummingToy(f"site-{i:02}", 10) for i in range(30)]
+
+    federation = Federation(toys, run=run)
+    federation.run()
+
+    assert len(federation.events.of("round_started")[0]["sites"]) == 29
+    (summed,) = federation.events.of("secure_sum")
+    assert (summed["opened"], len(summed["members"])) == (True, 19)
 
 
 def test_a_sum_that_is_possible_has_terms() -> None:

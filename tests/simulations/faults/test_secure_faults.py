@@ -143,7 +143,7 @@ def test_a_lie_beyond_the_range_is_the_largest_within_it(tmp_path: Path) -> None
 
 def test_a_robust_rule_over_groups_bears_a_liar_that_spoils_the_mean(tmp_path: Path) -> None:
     lie = (SignFlip(client=4, factor=1e9),)
-    groups = f'weighting = "uniform"\n{SUMS}group = 3\n[robust]\nrule = "median"\n'
+    groups = f'weighting = "uniform"\n{SUMS}group = 3\ncolluding = 0.0\n[robust]\nrule = "median"\n'
 
     spoilt = accuracy(federate(tmp_path / "mean", lie, extra=SUMS))
     borne = accuracy(federate(tmp_path / "median", lie, extra=groups))
