@@ -56,7 +56,7 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     and when the shares belong to no secret of 32 bytes. Wrong shares give a wrong secret.
     """
     indices = tuple(sorted(shares))
-    values = [_element(index, shares[index]) for index in indices]
+    values = [element(index, shares[index]) for index in indices]
     secret = sum(w * v for w, v in zip(weights(indices), values, strict=True)) % PRIME
     if secret >> (8 * SECRET_BYTES):
         raise ProtocolError(
@@ -64,6 +64,17 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
             "at least one holder revealed a wrong share; repeat the round without that holder"
         )
     return secret.to_bytes(SECRET_BYTES)
+
+
+def element(index: int, share: bytes) -> int:
+    """Return the field's element in a share. Raises ProtocolError, naming the holder's index."""
+    value = int.from_bytes(share)
+    if len(share) != SHARE_BYTES or value >= PRIME:
+        raise ProtocolError(
+            f"the share of holder {index} is no canonical share: expected {SHARE_BYTES} bytes "
+            f"below the prime, got {len(share)} bytes; drop this holder"
+        )
+    return value
 
 
 @lru_cache(maxsize=1024)
@@ -104,13 +115,3 @@ def _inverses(values: list[int], prime: int) -> list[int]:
         result.append(inverse * product % prime)
         inverse = inverse * value % prime
     return result[::-1]
-
-
-def _element(index: int, share: bytes) -> int:
-    value = int.from_bytes(share)
-    if len(share) != SHARE_BYTES or value >= PRIME:
-        raise ProtocolError(
-            f"the share of holder {index} is no canonical share: expected {SHARE_BYTES} bytes "
-            f"below the prime, got {len(share)} bytes; drop this holder"
-        )
-    return value
