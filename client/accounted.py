@@ -11,7 +11,7 @@ from anabranch.client.ledger import Ledger
 from anabranch.client.one_round import Asked
 from anabranch.client.private_round import Books, PrivateRound, open_round
 from anabranch.client.question import Reserving
-from anabranch.client.requirements import without_folders
+from anabranch.client.refusals import without_folders
 from anabranch.client.site_file import SiteFile, ledger_of, witness_folder
 from anabranch.client.sums.noised import NoisedSum, Rounds, noised_sum
 from anabranch.client.tuning.randomness import Randomness

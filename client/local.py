@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from anabranch.client.private_round import PrivateRound
+from anabranch.client.refusals import Tells, excuse, failures
 from anabranch.client.tuning.checkpoint import Progress
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.distributed import Unnoised, fit_unnoised
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import load_adapter, read_adapter
-from anabranch.client.tuning.private import PrivateFit, fit_private
-from anabranch.client.tuning.training import Schedule, fit
+from anabranch.client.tuning.private import PrivateFit, engine_for, first_norm, fit_private
+from anabranch.client.tuning.training import Diverged, Schedule, fit
 from anabranch.protocols.adapter import WHOLE, Adapter, Delta
-from anabranch.protocols.errors import DataError, ModelError
+from anabranch.protocols.errors import DataError, IncompatibleAdapter, ModelError
 from anabranch.protocols.part import Part
 from anabranch.protocols.tables import Training
 
@@ -43,6 +46,8 @@ class Local:
     kept: Part | None = None
     private: PrivateRound | None = None
     progress: Progress | None = None  # of `train_alone`; a cohort is trained without
+    tells: Tells = "all"  # what may leave if training fails on the records
+    failed: Exception | None = None  # preparing them did, where nothing is told: see Site.prepare
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +60,16 @@ class Learned:
     private: PrivateFit | Unnoised | None = None
 
     def delta(self, local: Local) -> Delta:
-        """Return what was learned, of the part that was trained."""
+        """Return what was learned, of the part that was trained.
+
+        Raises IncompatibleAdapter, or what may leave in its place, if it is not finite.
+        """
+        try:
+            return self._delta(local)
+        except IncompatibleAdapter as error:
+            return nothing_learned(local, error)._delta(local)
+
+    def _delta(self, local: Local) -> Delta:
         count = len(local.examples)
         if not isinstance(self.private, Unnoised):
             return self.after.minus(
@@ -68,9 +82,10 @@ class Learned:
 def train_alone(local: Local) -> Learned:
     """Train one site on its own classifier.
 
-    No steps learn nothing: the loss is None. Raises RunError for a loss that is not finite,
-    DataError for steps without records, PrivacyError if privacy cannot be established,
-    IncompatibleAdapter for a part that is not there, ModelError if the frozen base changed.
+    No steps learn nothing: the loss is None. Raises RunError for a loss or values that are not
+    finite, unless `local.tells` nothing; DataError for steps without records, PrivacyError if
+    privacy cannot be established, IncompatibleAdapter for a part that is not there, ModelError if
+    the frozen base changed.
     """
     learned = train_unchecked(local)
     require_frozen(local.classifier)
@@ -79,8 +94,35 @@ def train_alone(local: Local) -> Learned:
 
 def train_unchecked(local: Local) -> Learned:
     """Train one site as `train_alone` does; whoever calls it checks the frozen base."""
+    if local.failed is not None:
+        return nothing_learned(local, local.failed)
     load_adapter(local.classifier, local.start)
-    return _fit(local) if local.private is None else _fit_private(local, local.private)
+    try:
+        return _fit(local) if local.private is None else _fit_private(local, local.private)
+    except failures(local.tells, Diverged) as error:
+        return nothing_learned(local, error)
+
+
+def nothing_learned(local: Local, error: Exception) -> Learned:
+    """Return an update of zeros for training that failed with `error`, or raise what may leave.
+
+    In a private round it is one of as many steps as were planned: they are paid.
+    """
+    excuse(local.name, local.tells, error)
+    return Learned(after=local.start, steps=local.steps, private=_nothing_private(local))
+
+
+def _nothing_private(local: Local) -> PrivateFit | Unnoised | None:
+    round = local.private
+    if round is None:
+        return None
+    spend = round.plan.spend(local.steps)
+    engine = engine_for(round.engine, local.classifier, local.part, local.kept)
+    if round.plan.together is not None:
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in local.start.spec.tensors}
+        return Unnoised(update=zeros, spend=spend, engine=engine)
+    norm = first_norm(round.plan, round.clipping_norm)
+    return PrivateFit(spend=spend, engine=engine, clipping_norm=norm)
 
 
 def require_frozen(classifier: Classifier) -> None:
@@ -108,8 +150,13 @@ def _fit(local: Local) -> Learned:
         part=local.part,
         kept=local.kept,
         progress=local.progress,
+        to_the_end=local.tells == "nothing",
     )
-    return Learned(after=read_adapter(local.classifier), steps=result.steps, loss=result.loss)
+    try:
+        after = read_adapter(local.classifier)
+    except IncompatibleAdapter as error:  # not finite
+        return nothing_learned(local, error)
+    return Learned(after=after, steps=result.steps, loss=result.loss)
 
 
 def _fit_private(local: Local, round: PrivateRound) -> Learned:
@@ -139,5 +186,10 @@ def _fit_private(local: Local, round: PrivateRound) -> Learned:
         clipping_norm=round.clipping_norm,
         randomness=round.randomness,
         progress=local.progress,
+        silent=local.tells == "nothing",
     )
-    return Learned(after=read_adapter(local.classifier), steps=local.steps, private=done)
+    try:
+        after = read_adapter(local.classifier)
+    except IncompatibleAdapter as error:  # not finite
+        return nothing_learned(local, error)
+    return Learned(after=after, steps=local.steps, private=done)

@@ -26,6 +26,7 @@ from anabranch.client.local import Learned, Local
 from anabranch.client.models import Models
 from anabranch.client.private_round import Cost, close_round
 from anabranch.client.question import Attempt, Outcome
+from anabranch.client.refusals import failures
 from anabranch.client.tuning.checkpoint import Steps, Watch
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.lora import load_adapter
@@ -92,6 +93,7 @@ class Came:
     sent: Delta | bytes
     changes: dict[str, bytes]  # path in the site's folder -> contents
     cost: Cost | None
+    zeros: bool  # whether failures are told to nobody, and nothing was learned
 
     @property
     def framed(self) -> Outcome:
@@ -135,12 +137,16 @@ def came_of(begun: Begun, learned: Learned, folder: Path) -> Came:
         seconds=time.perf_counter() - begun.started,
         **done,
     )
-    return Came(report=report, sent=sent, changes=changes, cost=cost)
+    zeros = local.tells == "nothing" and not any(array.any() for array in delta.arrays.values())
+    return Came(report=report, sent=sent, changes=changes, cost=cost, zeros=zeros)
 
 
 def _fit_beside(begun: Begun, beside: personal.Beside, folder: Path) -> dict[str, bytes]:
     """Return the private adapter's file as it is to be; {}: one that diverges stays."""
     assignment, number = begun.assignment, begun.assignment.round
+    if begun.local.failed is not None:
+        log.warning("%s leaves its private adapter as it was", begun.local.name)
+        return {}
     try:
         own = personal.train(
             beside,
@@ -150,8 +156,10 @@ def _fit_beside(begun: Begun, beside: personal.Beside, folder: Path) -> dict[str
             number=number,
             seed=round_seed(assignment.config.seed, f"{begun.local.name}/personal", number),
             progress=begun.progress[1],
+            to_the_end=begun.local.tells == "nothing",
         )
-    except (RunError, IncompatibleAdapter) as error:  # the shared delta does not depend on it
+    except failures(begun.local.tells, RunError, IncompatibleAdapter) as error:
+        # the shared delta does not depend on it
         if begun.stopped(error):
             raise
         log.warning("%s leaves its private adapter as it was: %s", begun.local.name, error)

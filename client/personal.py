@@ -205,11 +205,12 @@ def train(
     number: int,
     seed: int,
     progress: Progress | None = None,
+    to_the_end: bool = False,
 ) -> Adapter:
     """Return the private adapter after round `number`, with zeros in the shared ranks.
 
     [training] decides how, without noise, for `personal.local_epochs` epochs. Raises RunError
-    or IncompatibleAdapter if it is not finite, and what `progress` raises.
+    or IncompatibleAdapter if it is not finite, and what `progress` raises; `to_the_end`: see fit.
     """
     classifier = beside.classifier
     training = msgspec.structs.replace(
@@ -230,5 +231,6 @@ def train(
         part=part,
         penalty=ditto(classifier, shared, config.personal.pull),
         progress=progress,
+        to_the_end=to_the_end,
     )
     return read_adapter(classifier).only(part)

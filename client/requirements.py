@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from anabranch.client import personal
 from anabranch.client.site_file import Budget
 from anabranch.protocols.config import RunConfig
-from anabranch.protocols.errors import ConfigError, DataError, PrivacyError, ProtocolError
+from anabranch.protocols.errors import ConfigError, PrivacyError, ProtocolError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.spec import AdapterSpec
 from anabranch.storage.files import write_atomic
-
-log = logging.getLogger(__name__)
 
 
 def require_within_budget(budget: Budget | None, config: RunConfig) -> None:
@@ -60,32 +55,6 @@ def require_part(assignment: Assignment, spec: AdapterSpec, max_rank: int | None
     both = set() if kept is None else set(part.names(spec)) & set(kept.names(spec))
     if both:
         raise ProtocolError(f"{min(both)} stays at the site in this run, but was asked for")
-
-
-def outside(error: DataError, data: Path) -> str:
-    """Return what the coordinator may read of a broken contract in a run without privacy."""
-    return str(error).replace(str(data), "records")  # where files lie is not told
-
-
-def kept_back(error: DataError, name: str) -> str:
-    """Return what it may read where privacy is asked for; the log of site `name` has all of it.
-
-    Whoever writes the contract could find out a cell by asking again and again with other
-    bounds: it learns that something is wrong and no more.
-    """
-    log.error("%s: %s", name, error)
-    return (
-        "the records do not keep the data contract of this run; at the site, `anabranch site "
-        "check` lists what is wrong"
-    )
-
-
-def without_folders(text: str, folders: Iterable[Path]) -> str:
-    """Return an error's text without these folders, however they are written: it is sent on."""
-    for folder in folders:
-        for way in {folder, folder.absolute(), folder.resolve()}:
-            text = text.replace(f"{way}{os.sep}", "")
-    return text
 
 
 def require_evaluated(config: RunConfig) -> None:

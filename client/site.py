@@ -22,6 +22,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -49,9 +50,16 @@ from anabranch.client.one_round import (
 from anabranch.client.policy.policy_file import columns_never
 from anabranch.client.private_round import settle
 from anabranch.client.question import key_of
-from anabranch.client.requirements import (
+from anabranch.client.refusals import (
+    MACHINE,
+    Tells,
+    explains,
+    failures,
     kept_back,
     outside,
+    tells,
+)
+from anabranch.client.requirements import (
     require_evaluated,
     require_one_configuration,
     require_part,
@@ -61,7 +69,7 @@ from anabranch.client.site_file import SiteFile, read_site
 from anabranch.client.sums.site import InSums
 from anabranch.client.tuning.checkpoint import SECONDS, Watch
 from anabranch.client.tuning.classifier import Classifier
-from anabranch.client.tuning.examples import Examples
+from anabranch.client.tuning.examples import Dense, Examples
 from anabranch.client.tuning.training import steps_per_round
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
@@ -71,6 +79,15 @@ from anabranch.protocols.messages import Assignment, Evaluated, Trained
 from anabranch.storage.files import write_atomic
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """The training records as `fit` takes them, or why they are not."""
+
+    examples: Examples
+    identities: Callable[[], Sequence[bytes]]
+    failed: Exception | None = None
 
 
 class Site(InSums):
@@ -102,6 +119,7 @@ class Site(InSums):
         self._place = Place(self.name, folder, device, max_rank, models)
         self._answers = Answers(folder) if file is None else None
         self.watch, self._save_every = watch, save_every
+        self.on_zeros: Callable[[], None] | None = None  # told of an update that counts as zeros
         self.process_per_message = process_per_message
         self._records: dict[str, tuple[Records, Records]] = {}
         self._prepared: dict[tuple[str, int], tuple[Records, Sequence[torch.Tensor]]] = {}
@@ -124,9 +142,13 @@ class Site(InSums):
             try:
                 records = load_records(self.data, config, never)
             except DataError as error:  # it is sent on
-                open_to_all = config.privacy is None and self._file.budget is None
-                text = outside(error, self.data) if open_to_all else kept_back(error, self.name)
-                raise DataError(text) from None
+                if explains(config, self._file.budget):
+                    raise DataError(outside(error, self.data)) from None
+                raise DataError(kept_back(error, self.name)) from None
+            except MACHINE as error:
+                if explains(config, self._file.budget):
+                    raise
+                raise DataError(kept_back(error, self.name)) from None
             held = split(records, config.training.holdout, config.seed)
             self._records = {key: held}
         return held
@@ -179,6 +201,8 @@ class Site(InSums):
             if not begun.stopped(error):
                 answers.forget(key)  # it is sent that training failed: see answers.py
             raise
+        if came.zeros:
+            self._say_zeros(assignment)
         answers.commit(key, came.framed)
         give_back()
         return answers.complete(key, self.ledger)
@@ -187,7 +211,8 @@ class Site(InSums):
         """Return this round's training, ready to begin; a private round is reserved then.
 
         For whoever trains many clients together: what is prepared is to be given to `finish`
-        once, and is not among the answers. Raises what `train` does.
+        once, and is not among the answers. Raises what `train` does. Where members make the noise
+        of a sum, frozen layers that fail on the records do not raise: the update will be zeros.
         """
         return self._prepare(assignment, adapter, None)
 
@@ -200,7 +225,9 @@ class Site(InSums):
         require_part(assignment, adapter.spec, self.max_rank)
         classifier, start = self._place.shared(assignment, adapter)
         beside = self._place.private(assignment, adapter)
-        examples, identities = self._training(config, classifier)
+        told = tells(config)
+        prepared = self._ready(config, classifier, told)
+        examples, identities = prepared.examples, prepared.identities
         progress, aside = None, None
         if asked is not None:
             progress = asked.progress("shared", start, identities())
@@ -221,6 +248,8 @@ class Site(InSums):
             if config.privacy
             else None,
             progress=progress,
+            tells=told,
+            failed=prepared.failed,
         )
         return Begun(
             assignment=assignment,
@@ -238,6 +267,8 @@ class Site(InSums):
         round is settled, and what the site keeps is written, before this returns.
         """
         came, report = came_of(begun, learned, self.folder), None
+        if came.zeros:
+            self._say_zeros(begun.assignment)
         if begun.local.private is not None and came.cost is not None:
             try:
                 report = settle(begun.local.private, came.cost)
@@ -280,6 +311,27 @@ class Site(InSums):
 
     def _require_one_configuration(self, assignment: Assignment) -> None:
         require_one_configuration(self.folder, assignment)
+
+    def _say_zeros(self, assignment: Assignment) -> None:
+        """Tell this machine, and nobody else, that a round came to nothing."""
+        log.warning(
+            "%s: its update of round %d of run %s is zeros",
+            self.name,
+            assignment.round,
+            assignment.run,
+        )
+        if self.on_zeros is not None:
+            self.on_zeros()
+
+    def _ready(self, config: RunConfig, classifier: Classifier, told: Tells) -> _Prepared:
+        """Return the training records; where nothing is told, even if the frozen layers fail."""
+        try:
+            return _Prepared(*self._training(config, classifier))
+        except failures(told) as error:
+            train, _ = self.records(config)
+            none = Dense(torch.zeros(len(train), 0))  # what is charged are the rows, not these
+            examples = Examples(none, torch.from_numpy(train.labels))
+            return _Prepared(examples, train.identities, error)
 
     def _training(
         self, config: RunConfig, classifier: Classifier

@@ -71,17 +71,20 @@ class Adapter:
     def minus(
         self, before: Adapter, *, num_examples: int, part: Part = WHOLE, steps: int = 0
     ) -> Delta:
-        """Return what training changed in `part`: self − before."""
+        """Return what training changed in `part`: self − before.
+
+        Raises IncompatibleAdapter for another spec, or for a difference that is not finite.
+        """
         require_same_spec(before.spec, self.spec)
-        if part.whole and self.row is not None and before.row is not None:
-            return Delta.of_row(
-                self.spec, self.row - before.row, num_examples, part=part, steps=steps
-            )
-        if part.whole:
-            arrays = {name: array - before.arrays[name] for name, array in self.arrays.items()}
-        else:
-            now, then = (part.take(self.spec, one.arrays) for one in (self, before))
-            arrays = {name: array - then[name] for name, array in now.items()}
+        with np.errstate(over="ignore"):  # Delta refuses what became infinite
+            if part.whole and self.row is not None and before.row is not None:
+                row = self.row - before.row
+                return Delta.of_row(self.spec, row, num_examples, part=part, steps=steps)
+            if part.whole:
+                arrays = {name: array - before.arrays[name] for name, array in self.arrays.items()}
+            else:
+                now, then = (part.take(self.spec, one.arrays) for one in (self, before))
+                arrays = {name: array - then[name] for name, array in now.items()}
         return Delta(self.spec, arrays, num_examples, part=part, steps=steps)
 
     def plus(self, delta: Delta) -> Adapter:

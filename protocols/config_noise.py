@@ -14,6 +14,10 @@ from anabranch.protocols.tables import Privacy, SecureAggregation, Tables
 RECORDS = 'privacy.noise = "distributed"'
 CLIENTS = "[client_privacy] with [secure_aggregation]"
 
+# Records of a batch, on average, whose sum may be rounded to float32 within noise.MARGIN: twice as
+# many move by 2 · 2⁻²⁴ · 2¹⁵ = 0.4 % of one record's bound.
+MOST_BATCH = 1 << 14
+
 
 def check_noise(config: Tables) -> None:
     """Raise ConfigError, naming the field, for a run whose sensitivity is not known."""
@@ -55,6 +59,12 @@ def _check_records(privacy: Privacy, config: Tables) -> None:
             "a weight by records would change a record's part of the sum",
         ),
         (privacy.delta is None, "privacy.delta", "the noise is agreed on before sites are counted"),
+        (
+            training.batch_size > MOST_BATCH,
+            f"training.batch_size of at most {MOST_BATCH}, got {training.batch_size}",
+            "rounding a sum of more gradients to float32 may take more of a record's bound than is "
+            "kept for it. Lower training.batch_size",
+        ),
     )
     for wrong, wanted, why in rows:
         if wrong:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     inputs: str
     step: int
-    losses: tuple[tuple[float, int], ...]
+    losses: tuple[tuple[float | None, int], ...]  # None: not finite, which JSON has no word for
     ran: Ran
     clipping_norm: float | None
 
@@ -167,7 +168,7 @@ def decode(data: bytes, inputs: str) -> State | None:
     return State(
         step=head.step,
         tensors=tensors,
-        losses=head.losses,
+        losses=tuple((math.nan if loss is None else loss, n) for loss, n in head.losses),
         ran=head.ran,
         clipping_norm=head.clipping_norm,
     )

@@ -9,7 +9,7 @@ the sum of their updates (protocols/secagg/noise.py), so what is returned here m
 by itself. The denominator is b at every site, whatever number of records it has: one record is
 lr · C / b of the update everywhere, which is what the noise is made for. And the update is computed
 from the gradient, not as a difference of weights: that a float32 weight rounds would move an
-update by more than one record does.
+update by more than one record does. For the same reason the sum is taken in float64.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def fit_unnoised(
     """Return − lr · (sum of clipped gradients of one Poisson batch) / batch_size.
 
     The adapter is as it was. One record more or less changes the update by at most
-    lr · C / batch_size in ℓ2 norm, up to float32 rounding of the sum. Raises PrivacyError if the
+    lr · C / batch_size in ℓ2 norm, up to what noise.MARGIN is for. Raises PrivacyError if the
     plan is for other data, for local noise, or a module mixes records.
     """
     if plan.together is None:
@@ -77,22 +77,23 @@ def fit_unnoised(
                 physical_batch=physical_batch,
             ) as step:
                 chosen = randomness.sample(len(examples), plan.sample_rate)
-                step.unnoised(examples.take(chosen))
-                update = {
-                    name: _scaled(parameter.grad, name, config)
-                    for name, parameter in active.parameters.items()
-                }
+                sums = step.unnoised(examples.take(chosen))
+                update = {name: _scaled(sums[name], name, config) for name in active.parameters}
         finally:
             active.undo()
     return Unnoised(update=update, spend=plan.spend(1), engine=step.engine)
 
 
-def _scaled(gradient: torch.Tensor | None, name: str, config: Training) -> NDArray[np.float32]:
-    """Return − lr / batch_size times the sum of a tensor's gradients."""
-    if gradient is None:
-        raise PrivacyError(f"{name} has no gradient after a step: nothing is sent")
+def _scaled(total: torch.Tensor, name: str, config: Training) -> NDArray[np.float32]:
+    """Return − lr / batch_size times the sum of a tensor's gradients, rounded once.
+
+    What is beyond float32 becomes infinite, and the update counts as zeros.
+    """
     rate = config.learning_rate
     if name.startswith(f"{HEAD}.") and config.head_learning_rate is not None:
         rate = config.head_learning_rate
-    update: NDArray[np.float32] = gradient.detach().cpu().numpy().astype(np.float32)
-    return np.multiply(update, np.float32(-rate / config.batch_size))
+    with np.errstate(over="ignore"):
+        update: NDArray[np.float32] = (total.cpu().numpy() * (-rate / config.batch_size)).astype(
+            np.float32
+        )
+    return update

@@ -87,7 +87,9 @@ class PrivateStep:
         FedProx's pull. The batch is cut into physical ones of like length; noise, the
         accountant and the optimiser see one step.
         """
-        total, inside, found = self._summed(batch, canaries)
+        self._flat.hide_gradients()
+        total = self._flat.gradient.zero_()
+        inside, found = self._sum(batch, canaries, total)
         self._add_noise(total, inside)
         total.div_(self._expected_batch)
         self._flat.show_gradients()
@@ -97,25 +99,26 @@ class PrivateStep:
         return found
 
     @torch.no_grad()
-    def unnoised(self, batch: Examples) -> None:
-        """Leave the sum of the batch's clipped gradients in `grad` of every trained parameter.
+    def unnoised(self, batch: Examples) -> dict[str, Tensor]:
+        """Return the sum of the batch's clipped gradients of every trained tensor, in float64.
 
-        No noise, no step: for a secure sum, whose members add the noise (distributed.py).
+        No noise, no step: for a secure sum, whose members add the noise (distributed.py). In
+        float32 each micro-batch would round the sum anew, and otherwise with one record less.
         """
-        self._summed(batch, None)
-        self._flat.show_gradients()
-
-    def _summed(self, batch: Examples, canaries: Tensor | None) -> tuple[Tensor, float, bool]:
-        """Return the clipped sum (P,), Σ (b_i − ½), and whether a gradient was not 0."""
         self._flat.hide_gradients()
-        total = self._flat.gradient.zero_()
+        total = torch.zeros_like(self._flat.values, dtype=torch.float64)
+        self._sum(batch, None, total)
+        return {s.name: s.shaped(total[s.start : s.stop]) for s in self._flat.slots}
+
+    def _sum(self, batch: Examples, canaries: Tensor | None, total: Tensor) -> tuple[float, bool]:
+        """Add the clipped gradients to `total` (P,); return Σ (b_i − ½), and if one was not 0."""
         inside, found = torch.zeros(()), False
         for gradients in self._chunks(batch, canaries):
             norms, factors = self._add(gradients, total)
             found = found or bool(norms.any())
             if self._plan.clipping == "adaptive":
                 inside = inside + within(factors).cpu()
-        return total, float(inside), found
+        return float(inside), found
 
     def _chunks(self, batch: Examples, canaries: Tensor | None) -> Iterator[PerRecord]:
         """Yield the gradients of one micro-batch after another."""

@@ -31,6 +31,7 @@ from anabranch.client.tuning.flat import Slot
 from anabranch.protocols.errors import PrivacyError
 
 PACKED_VALUES = 1 << 22  # R × values of all tensors up to which they are copied into one matrix
+COLUMNS = 1 << 16  # values of a row that are turned to float64 at once
 SMALL = 1 << 12  # values of a weight below which a ghost saves nothing
 
 
@@ -46,8 +47,14 @@ class Matrix:
         return norms
 
     def add(self, total: Tensor, factors: Tensor) -> None:
-        """Add Σ_r c_r g_r to `total` (n,), for `factors` c (R,)."""
-        total.addmv_(self.rows.t(), factors)
+        """Add Σ_r c_r g_r to `total` (n,), for `factors` c (R,); in its type."""
+        if total.dtype == self.rows.dtype:
+            total.addmv_(self.rows.t(), factors)
+            return
+        factors = factors.to(total)
+        for at in range(0, len(total), COLUMNS):
+            columns = slice(at, at + COLUMNS)
+            total[columns].addmv_(self.rows[:, columns].to(total).t(), factors)
 
     def without(self, records: Tensor) -> Matrix:
         """Return the same with gradients of 0 for `records`, a mask (R,)."""
@@ -74,10 +81,10 @@ class Ghost:
         return products.sum((1, 2)).clamp_min(0).sqrt().to(self.inputs.dtype)
 
     def add(self, total: Tensor, factors: Tensor) -> None:
-        """Add Σ_r c_r g_r to `total` (n,), for `factors` c (R,)."""
+        """Add Σ_r c_r g_r to `total` (n,), for `factors` c (R,); in its type."""
         out, width = self.errors.shape[2], self.inputs.shape[2]
-        scaled = (self.errors * factors[:, None, None]).view(-1, out)
-        total.view(out, width).addmm_(scaled.t(), self.inputs.reshape(-1, width))
+        scaled = (self.errors.to(total) * factors.to(total)[:, None, None]).view(-1, out)
+        total.view(out, width).addmm_(scaled.t(), self.inputs.reshape(-1, width).to(total))
 
     def without(self, records: Tensor) -> Ghost:
         """Return the same with gradients of 0 for `records`, a mask (R,)."""

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anabranch.client.privacy import DpPlan, Spend, sampling_rate
-from anabranch.client.tuning.active import Active, only
+from anabranch.client.tuning.active import Active, only, union
 from anabranch.client.tuning.checkpoint import Progress, State, put_back, tensors_of
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
@@ -99,6 +99,7 @@ def fit_private(
     randomness: Randomness | None = None,
     physical_batch: int = PHYSICAL_BATCH,
     progress: Progress | None = None,
+    silent: bool = False,
 ) -> PrivateFit:
     """Run `steps` steps of DP-SGD in place; on return the adapter is safe to publish under `plan`.
 
@@ -112,6 +113,7 @@ def fit_private(
     batches and noise reproducible and thereby VOIDS the guarantee: it is for tests and simulations
     (docs/simulation.md). `physical_batch` bounds memory and changes no result. `progress` is told
     of every step and says where to go on from, with a `randomness` that no step before has read.
+    `silent`: where nothing was trained the adapter is as it was, which is logged and not raised.
     """
     if plan.together is not None:
         raise PrivacyError("this plan's noise is added in a secure sum: train with fit_unnoised")
@@ -139,7 +141,8 @@ def fit_private(
                     step, trained, examples, plan, config, run, accountant, probe, progress
                 )
             require_as_planned(accountant.history, plan.spend(steps))
-            require_trained(active, factors_of(classifier))
+            if not trained_or_silent(active, factors_of(classifier), silent):
+                active.undo()
         except BaseException:
             active.undo()
             raise
@@ -203,6 +206,14 @@ def _engine(
     from anabranch.client.tuning.opacus_engine import opacus_gradients  # Opacus takes a second
 
     return opacus_gradients(classifier, active.parameters, weights)
+
+
+def engine_for(engine: Engine, classifier: Classifier, part: Part, kept: Part | None) -> Engine:
+    """Return the engine that computes the gradients of a part where `engine` is asked for."""
+    trained = trainable_parameters(classifier)
+    names = union(classifier.spec, part, kept)
+    unknown = unknown_tensors(classifier, {name: trained[name] for name in names})
+    return "opacus" if unknown else engine
 
 
 def new_accountant() -> Any:
@@ -340,6 +351,18 @@ def require_trained(active: Active, factors: Mapping[str, Tensor]) -> None:
             b, a = factors[layer + LORA_B][:, ranks], factors[layer + LORA_A][ranks]
             if not bool((b @ a).any()):
                 raise PrivacyError(f"B · A of {layer} has rank 0 after training")
+
+
+def trained_or_silent(active: Active, factors: Mapping[str, Tensor], silent: bool) -> bool:
+    """Return whether training can have done something; raise as require_trained unless `silent`."""
+    try:
+        require_trained(active, factors)
+    except PrivacyError as error:
+        if not silent:
+            raise
+        log.error("its update counts as zeros: %s", error)
+        return False
+    return True
 
 
 def _ranks(name: str, active: Active) -> Tensor | slice:

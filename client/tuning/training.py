@@ -38,6 +38,10 @@ BUCKET = 8  # batches that are sorted by length together: less padding, order st
 PREDICT_BATCH = 64  # records
 
 
+class Diverged(RunError):
+    """Training came to values or a loss that are not finite."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Where this round's steps stand in the whole run."""
@@ -75,15 +79,17 @@ def fit(
     kept: Part | None = None,
     penalty: Callable[[], Tensor] | None = None,
     progress: Progress | None = None,
+    to_the_end: bool = False,
 ) -> Fit:
     """Train what is in `part` or `kept`, in place, for `steps` steps.
 
     Every other value is the same afterwards, bit for bit, and adds nothing to the norm that
     is clipped. `penalty` is added to the loss of every step; the reported loss is without it.
     No steps change nothing. `progress` is told of every step and says where to go on from; what
-    it raises ends the fit. Raises RunError if the loss is not finite, DataError for steps without
-    records, IncompatibleAdapter for a part that the adapter does not have. Either way all tensors
-    of the adapter can be trained afterwards.
+    it raises ends the fit. Raises Diverged if a loss is not finite, at once or, `to_the_end`, after
+    the last step, so that no time tells of it; DataError for steps without records,
+    IncompatibleAdapter for a part that the adapter does not have. Either way all tensors of the
+    adapter can be trained afterwards.
     """
     started = time.perf_counter()
     if steps and not len(examples):
@@ -100,7 +106,10 @@ def fit(
             proximal_mu=proximal_mu,
             penalty=penalty,
             progress=progress,
+            to_the_end=to_the_end,
         )
+    if not all(math.isfinite(loss) for loss, _ in losses):
+        raise diverged([loss for loss, _ in losses], steps, training)
     loss = _mean(losses[-math.ceil(len(examples) / training.batch_size) :]) if steps else None
     return Fit(steps=steps, loss=loss, seconds=time.perf_counter() - started)
 
@@ -122,6 +131,7 @@ def _run(
     proximal_mu: float,
     penalty: Callable[[], Tensor] | None,
     progress: Progress | None,
+    to_the_end: bool,
 ) -> list[tuple[float, int]]:
     """Take the steps that are left; return (mean cross-entropy, records) of every batch."""
     device = classifier.device
@@ -155,14 +165,22 @@ def _run(
         optimizer.step()
         active.hold()
         losses.append((float(loss.detach()), len(labels)))
-        if not math.isfinite(losses[-1][0]):
-            raise RunError(
-                f"training loss is {losses[-1][0]} at step {step + 1} of {steps}: lower "
-                f"training.learning_rate (now {training.learning_rate}) or set max_grad_norm"
-            )
+        if not to_the_end and not math.isfinite(losses[-1][0]):
+            break
         if progress is not None:
             progress.after(step + 1, steps, state)
     return losses
+
+
+def diverged(
+    losses: Sequence[float] | NDArray[np.float64], steps: int, training: Training
+) -> Diverged:
+    """Return the error of a fit of so many steps for its first loss that is not finite."""
+    step = int(np.flatnonzero(~np.isfinite(losses))[0])
+    return Diverged(
+        f"training loss is {losses[step]} at step {step + 1} of {steps}: lower "
+        f"training.learning_rate (now {training.learning_rate}) or set max_grad_norm"
+    )
 
 
 def predict(classifier: Classifier, features: Sequence[Tensor]) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from anabranch.client.local import (
     Learned,
     Local,
+    nothing_learned,
     require_frozen,
     require_records,
     train_alone,
@@ -113,6 +114,8 @@ class CohortEngine:
 
     def _by_itself(self, local: Local, known: _Known) -> Outcome | None:
         """Return what came of a client that is not trained together with others; else None."""
+        if local.failed is not None:
+            return nothing_learned(local, local.failed)
         reason = known.why_not(local)
         if reason is not None and (local.steps or local.private is not None):
             return self._alone(local, reason)

@@ -24,8 +24,9 @@ from anabranch.client.flower import (
     pack_trained,
     unpack_assignment,
 )
-from anabranch.client.local import Learned, Local, train_alone
+from anabranch.client.local import Learned, Local, nothing_learned, train_alone
 from anabranch.client.memory import give_back
+from anabranch.client.refusals import failures
 from anabranch.client.site import Begun
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.messages import Assignment, Trained
@@ -92,7 +93,12 @@ class CohortExecutor:
             return self.engine.train(locals)
         except Exception as error:  # the boundary of clients: see _Round
             log.exception("a cohort of %d failed: its clients are trained alone", len(locals))
-            return [error if local.private else _alone(local) for local in locals]
+            return [_after(error, local) if local.private else _alone(local) for local in locals]
+
+
+def _after(error: Exception, local: Local) -> Learned | Exception:
+    """Return what a private client comes to in a cohort that failed, as if trained alone."""
+    return nothing_learned(local, error) if isinstance(error, failures(local.tells)) else error
 
 
 def _alone(local: Local) -> Learned | Exception:

@@ -38,11 +38,11 @@ from anabranch.client.tuning.private import (
     NOISE_ALONE,
     PrivateFit,
     require_as_planned,
-    require_trained,
+    trained_or_silent,
 )
 from anabranch.client.tuning.training import make_optimizer
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.errors import AnabranchError
+from anabranch.protocols.errors import AnabranchError, IncompatibleAdapter
 from anabranch.protocols.schedule import learning_rate_factor
 from anabranch.simulations.cohort.grouped_private import GroupedGradients, grouped_gradients
 from anabranch.simulations.cohort.private_member import Member, cohorts_of
@@ -52,6 +52,7 @@ from anabranch.simulations.cohort.private_records import (
     Values,
     chunk_limit,
 )
+from anabranch.simulations.cohort.steps import failed
 
 log = logging.getLogger(__name__)
 
@@ -253,9 +254,12 @@ class _Cohort:
         tensors = self._tensors(k, self.trained.rows)
         try:
             require_as_planned(member.accountant.history, plan.spend(local.steps))
-            self._require_trained(k, tensors)
-            arrays = {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
-            after = Adapter(local.start.spec, arrays)
+            after = local.start
+            if self._trained(k, tensors):
+                arrays = {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
+                after = Adapter(local.start.spec, arrays)
+        except IncompatibleAdapter as error:  # not finite
+            return failed(local, error)
         except AnabranchError as error:
             return error
         if member.drawn and not member.learned:
@@ -272,7 +276,7 @@ class _Cohort:
             found |= zip(names, group.parts(row), strict=True)
         return found
 
-    def _require_trained(self, k: int, tensors: Mapping[str, Tensor]) -> None:
+    def _trained(self, k: int, tensors: Mapping[str, Tensor]) -> bool:
         member, before = self.members[k], self._tensors(k, self.start)
         own = {name: mask for name, mask in member.masks.items() if mask is not None}
         device = self.values.device
@@ -283,7 +287,7 @@ class _Cohort:
             start={name: before[name] for name in member.masks},
             masks={name: torch.from_numpy(mask).to(device) for name, mask in own.items()},
         )
-        require_trained(active, tensors)
+        return trained_or_silent(active, tensors, member.local.tells == "nothing")
 
 
 def _rows(block: Matrix | Ghost, of: slice) -> Matrix | Ghost:

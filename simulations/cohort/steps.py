@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anabranch.client.local import Learned, Local
+from anabranch.client.local import Learned, Local, nothing_learned
+from anabranch.client.tuning.training import diverged
 from anabranch.protocols.adapter import Adapter
-from anabranch.protocols.errors import AnabranchError, RunError
+from anabranch.protocols.errors import AnabranchError
 from anabranch.simulations.cohort.batches import Batch, Steps
 from anabranch.simulations.cohort.kernels import Kernel, kernel_for
 from anabranch.simulations.cohort.products import FLOAT32, Products
@@ -82,21 +83,20 @@ def _results(
     afters = Adapter.of_rows(stacked.layout.spec, stacked.values.cpu().numpy())
     results: list[Learned | AnabranchError] = []
     for k, local in enumerate(locals):
-        if k not in fine:
-            results.append(_diverged(local, losses[:, k]))
-            continue
         after = afters[k]
+        if k not in fine:
+            results.append(failed(local, diverged(losses[:, k], local.steps, local.training)))
+            continue
         if isinstance(after, AnabranchError):
-            results.append(after)
+            results.append(failed(local, after))
             continue
         results.append(Learned(after=after, steps=local.steps, loss=float(means[k])))
     return results
 
 
-def _diverged(local: Local, losses: NDArray[np.float64]) -> RunError:
-    """Return the error of `training.fit` for the first loss that is not finite."""
-    step = int(np.flatnonzero(~np.isfinite(losses))[0])
-    return RunError(
-        f"training loss is {losses[step]} at step {step + 1} of {local.steps}: lower "
-        f"training.learning_rate (now {local.training.learning_rate}) or set max_grad_norm"
-    )
+def failed(local: Local, error: AnabranchError) -> Learned | AnabranchError:
+    """Return what training that failed comes to, as in `train_alone`."""
+    try:
+        return nothing_learned(local, error)
+    except AnabranchError as told:
+        return told

@@ -33,6 +33,10 @@ def test_local_noise_stays_the_default_and_goes_with_everything() -> None:
         ({"training__warmup": 0.1}, "needs training.warmup = 0"),
         ({"privacy__clipping": "automatic"}, 'needs privacy.clipping = "flat"'),
         ({"privacy__delta": None}, "needs privacy.delta"),
+        (
+            {"training__batch_size": 16_385},
+            "at most 16384, got 16385: .* Lower training.batch_size",
+        ),
         ({"federation__weighting": "examples"}, 'needs federation.weighting = "uniform"'),
         ({"federation__normalize_steps": True}, "does not go with federation.normalize_steps"),
         (

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.client.agent.join import join_site
-from anabranch.client.agent.overview import overview, tail
+from anabranch.client.agent.join import audit_log, join_site
+from anabranch.client.agent.overview import ZEROS, overview, tail
 from anabranch.client.agent.status import (
     STALE_S,
     AgentState,
@@ -137,6 +137,13 @@ def test_a_part_that_cannot_be_read_is_said_and_the_others_shown(site: Path) -> 
     assert len(found.problems) == 4
     assert "cardiology of heart" in found.text()
     assert found.text().count("problem      ") == 4
+
+
+def test_an_update_of_zeros_is_a_problem(site: Path) -> None:
+    assert overview(site).problems == ()
+    audit_log(site, "cardiology", "heart").append(ZEROS, run="r1", round=3)
+    assert len(overview(site).problems) == 1
+    assert "problem      an update counted as zeros" in overview(site).text()
 
 
 def test_the_end_of_a_long_audit_log_is_shown(tmp_path: Path) -> None:

@@ -200,6 +200,19 @@ def test_a_ghost_is_the_matrix_it_stands_for(tokens: int, seed: int) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("values", [7, 70_000])
+def test_a_sum_in_float64_is_taken_in_float64(values: int) -> None:
+    """A small gradient beside a large one is not rounded away."""
+    torch.manual_seed(0)
+    big, factors = 2.0**24, torch.ones(2)
+    rows = torch.stack([torch.full((values,), big), torch.rand(values)])
+    inputs = torch.stack([torch.full((1, values), big), rows[1:]])
+    for block in (Matrix(rows), Ghost(inputs, torch.ones(2, 1, 1))):
+        total = torch.zeros(values, dtype=torch.float64)
+        block.add(total, factors)
+        assert torch.equal(total - big, rows[1].double())
+
+
 def test_a_ghost_of_tokens_that_cancel_does_not_report_too_small_a_norm() -> None:
     # e x^T of token 2 undoes that of token 1 but for one part in 10^5: float32 would lose it.
     x = torch.full((1, 2, 50), 100.0)

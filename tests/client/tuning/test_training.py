@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 from anabranch.client.tuning.bases import load_classifier
+from anabranch.client.tuning.checkpoint import Steps
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.examples import Examples
 from anabranch.client.tuning.lora import read_adapter, trainable_parameters
 from anabranch.client.tuning.training import (
+    Diverged,
     Schedule,
     class_weights,
     fit,
@@ -34,7 +38,9 @@ def problem(config: RunConfig, n: int = 24) -> tuple[Classifier, Examples]:
     return classifier, Examples(features, labels)
 
 
-def train(config: RunConfig, *, proximal_mu: float = 0.0) -> tuple[Classifier, Examples, float]:
+def train(
+    config: RunConfig, *, proximal_mu: float = 0.0, **more: Any
+) -> tuple[Classifier, Examples, float]:
     classifier, examples = problem(config)
     steps = steps_per_round(len(examples), config.training)
     done = fit(
@@ -45,6 +51,7 @@ def train(config: RunConfig, *, proximal_mu: float = 0.0) -> tuple[Classifier, E
         schedule=Schedule(total_steps=steps),
         seed=5,
         proximal_mu=proximal_mu,
+        **more,
     )
     assert done.loss is not None
     return classifier, examples, done.loss
@@ -191,6 +198,23 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_next_step() -> None:
     )
     with pytest.raises(RunError, match=r"training loss is (nan|inf) at step \d+ of 50: lower"):
         train(config)
+
+
+def test_training_that_diverges_may_take_all_its_steps_first() -> None:
+    config = table_run(
+        ("learning_rate = 0.05", 'learning_rate = 3e38\noptimizer = "sgd"'),
+        ("local_epochs = 2", "local_steps = 50"),
+    )
+    told: list[tuple[str, int]] = []
+    seen: list[int] = []
+    for to_the_end in (False, True):
+        steps = Steps(path=None, inputs="", watch=lambda what, step, of: seen.append(step))
+        with pytest.raises(Diverged) as error:
+            train(config, progress=steps, to_the_end=to_the_end)
+        told.append((str(error.value), max(seen)))
+
+    assert told[0][0] == told[1][0]
+    assert told[0][1] < told[1][1] == 50
 
 
 def test_no_steps_change_nothing_and_have_no_loss() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anabranch.client.local import Learned, Local
+from anabranch.client.refusals import FAILED, Tells
 from anabranch.client.tuning.bases import load_classifier
 from anabranch.client.tuning.classifier import Classifier
 from anabranch.client.tuning.lora import merge, trainable_parameters, unmerge
@@ -210,6 +211,24 @@ def test_a_diverging_client_is_its_own_error(classifiers: dict[str, Classifier])
         assert str(error).partition("at step")[2] == str(alone[2]).partition("at step")[2]
         keep = [0, 1, 3]
         require_equal([learned[i] for i in keep], [alone[i] for i in keep])
+
+
+def test_what_leaves_of_a_diverging_client_is_up_to_its_run(
+    classifiers: dict[str, Classifier],
+) -> None:
+    wild = Training(optimizer="sgd", learning_rate=1e30, max_grad_norm=None, batch_size=3)
+    clients = [*(Client(seed=i, steps=5, training=wild) for i in range(3)), Client(seed=3)]
+    tells: list[Tells] = ["nothing", "sentence", "all", "all"]
+    for name in ("mlp", "vit-all", "bert"):
+        alike = zip(cohort(classifiers[name], clients), tells, strict=True)
+        locals = [dataclasses.replace(one, tells=telling) for one, telling in alike]
+        for zeros, sentence, told, fine in (CohortEngine().train(locals), one_by_one(locals)):
+            assert isinstance(zeros, Learned)
+            assert (zeros.after, zeros.steps, zeros.loss) == (locals[0].start, 5, None)
+            assert type(sentence) is RunError
+            assert str(sentence) == FAILED
+            assert "of 5: lower training.learning_rate" in str(told)
+            assert isinstance(fine, Learned)
 
 
 def test_a_diverging_client_changes_nobody_whose_texts_are_packed_with_its_own(
