@@ -47,7 +47,7 @@ def show(
     as_json: Json = False,
 ) -> int:
     """Show every value of the policy that is in force."""
-    from anabranch.client.policy.approvals import Approvals
+    from anabranch.client.policy.approvals import Approvals, Outdated
     from anabranch.client.policy.policy_file import read_policy
     from anabranch.client.policy.review import policy_text, policy_values
 
@@ -55,20 +55,28 @@ def show(
     policy, entries = read_policy(folder), Approvals(folder).entries()
     waiting = sum(entry.state == "pending" for entry in entries.values())
     text = f"{policy_text(policy)}\n\n{waiting} runs wait for an answer"
-    emit({"policy": policy_values(policy), "pending": waiting}, text, as_json=as_json)
+    if outdated := sum(isinstance(entry, Outdated) for entry in entries.values()):
+        text += (
+            f"\n{outdated} proposals are no longer valid with this version and approve nothing: "
+            "`anabranch site policy list` says why"
+        )
+    values = {"policy": policy_values(policy), "pending": waiting, "outdated": outdated}
+    emit(values, text, as_json=as_json)
     return 0
 
 
 @app.command("list")
 def list_runs(folder: SiteFolder = SITE, as_json: Json = False) -> int:
     """List the runs that were proposed to this site, the oldest first."""
-    from anabranch.client.policy.approvals import Approvals
+    from anabranch.client.policy.approvals import Approvals, Outdated
     from anabranch.client.policy.review import entry_values, roster_values
 
     _require_site(folder)
     entries = list(Approvals(folder).entries().values())
     rows = [(e.digest[:12], e.state, e.proposal.run[:40], e.proposal.author, e.by) for e in entries]
     text = table(("proposal", "state", "run", "author", "by"), rows) if rows else "none yet"
+    outdated = [e for e in entries if isinstance(e, Outdated)]
+    text = "\n".join([text, *(f"{e.digest[:12]}: {e.sentence}" for e in outdated)])
     values = [entry_values(entry) | {"roster": roster_values(folder, entry)} for entry in entries]
     emit({"runs": values}, text, as_json=as_json)
     return 0
@@ -141,7 +149,7 @@ def _require_site(folder: Path) -> None:
 def _known(folder: Path, digest: str, *, as_json: bool) -> tuple[Approvals, Entry]:
     """Return the entry, shown to whoever is about to answer."""
     from anabranch.client.policy.approvals import Approvals
-    from anabranch.client.policy.review import entry_text, roster_text, used
+    from anabranch.client.policy.review import entry_text, roster_text, used, waits_text
 
     _require_site(folder)
     approvals = Approvals(folder)
@@ -150,6 +158,8 @@ def _known(folder: Path, digest: str, *, as_json: bool) -> tuple[Approvals, Entr
         typer.echo(f"{entry_text(entry)}\n{'used':<11} {used(folder, entry.proposal.run)}")
         if shown := roster_text(folder, entry):
             typer.echo(shown)
+        if waits := waits_text(folder, entry):
+            typer.echo(waits)
     return approvals, entry
 
 

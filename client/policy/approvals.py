@@ -6,6 +6,9 @@
     approved   a person                                      rejected (withdrawn)
     rejected   a person                                      nothing: propose a new run
 
+An entry whose configuration an earlier version took and this one refuses stays as it is in the
+file, byte for byte, and is `Outdated`: rejected if it was, and else it counts for nothing.
+
 A run with [secure_aggregation] is approved with its roster: it comes before the question, is kept
 if it is the one that the author signed, and nothing is approved without it.
 
@@ -23,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -45,13 +48,11 @@ SHORTEST = 8  # digits that name an entry
 State = Literal["pending", "by rule", "approved", "rejected"]
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One proposal, and what the owner says to it."""
+class Known(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is known of a proposal, whatever its configuration."""
 
     proposal: Proposal
     key: Hex  # the author's public key
-    config: RunConfig  # what the digest in the proposal stands for
-    state: State
     first_seen: float  # seconds since 1970, UTC
     decided: float | None = None
     by: str = ""  # the person's name on this machine, or the rule's
@@ -64,7 +65,35 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.proposal.digest
 
 
-Entries = dict[str, Entry]  # digest -> entry
+class Entry(Known, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One proposal, and what the owner says to it."""
+
+    config: RunConfig  # what the digest in the proposal stands for
+    state: State
+
+
+class _Stored(Known, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry in the file, its configuration not looked at."""
+
+    config: dict[str, Any]
+    state: State
+
+
+class Outdated(Known, frozen=True, kw_only=True):
+    """An entry whose configuration this version refuses: it approves nothing."""
+
+    state: Literal["rejected", "no longer valid"]
+    was: State  # in the file
+    why: str
+    raw: bytes  # as it is in the file
+
+    @property
+    def sentence(self) -> str:
+        """Return what is wrong with it."""
+        return f"no longer valid with this version: {self.why}"
+
+
+Entries = dict[str, Entry | Outdated]  # digest -> entry
 Record = Callable[[Entry], object]
 
 
@@ -88,7 +117,8 @@ class Approvals:
         if not self.path.exists():
             return {}
         try:
-            found = msgspec.json.decode(read_private(self.path, MAX_BYTES), type=tuple[Entry, ...])
+            data = read_private(self.path, MAX_BYTES)
+            found = [_read(raw) for raw in msgspec.json.decode(data, type=tuple[msgspec.Raw, ...])]
         except (msgspec.DecodeError, UnicodeDecodeError, ConfigError, MalformedMessage) as error:
             raise PolicyError(
                 f"{FILE}: {error}; until it is mended, or removed and every run approved anew, "
@@ -97,7 +127,10 @@ class Approvals:
         return {entry.digest: entry for entry in found}
 
     def find(self, prefix: str) -> Entry:
-        """Return the only entry whose digest begins so; PolicyError if there is not exactly one."""
+        """Return the only entry whose digest begins so.
+
+        Raises PolicyError if there is not exactly one, or it is no longer valid.
+        """
         if not re.fullmatch(rf"[0-9a-f]{{{SHORTEST},64}}", prefix):
             raise PolicyError(
                 f"{prefix[:64]!r}: expected at least {SHORTEST} hex digits of a proposal's digest, "
@@ -109,7 +142,7 @@ class Approvals:
                 f"{prefix}: {len(found) or 'no'} proposals begin so; `anabranch site policy list` "
                 "shows those that are known"
             )
-        return found[0]
+        return _valid(found[0])
 
     def note(
         self,
@@ -134,14 +167,21 @@ class Approvals:
             )
         with self._changing() as entries:
             before = entries.get(proposal.digest)
+            if isinstance(before, Outdated):
+                if before.state == "rejected":
+                    return False
+                before = None  # it came again, and can be read now: the owner is asked anew
             if before is not None and before.roster is None and roster is not None:
                 before = msgspec.structs.replace(before, roster=roster)
                 entries[proposal.digest] = before
                 _require_room(entries)
             state: State = "by rule" if rule else "pending"
-            if before is not None and before.state in ("approved", "rejected", state):
+            if before is not None and (
+                before.state in ("approved", "rejected")
+                or (before.state, before.by) == (state, rule)
+            ):
                 return False
-            same = [digest for digest, entry in entries.items() if entry.state == state]
+            same = [one for one in entries.values() if one.state == state and one != before]
             if len(same) >= PENDING and rule:
                 raise PolicyError(f"{PENDING} runs were let in by rules: a person has to decide")
             if len(same) >= PENDING:
@@ -187,6 +227,7 @@ class Approvals:
                     f"{digest[:12]}: rejected by {before.by}, and a rejection is final; the author "
                     "can propose it again as a new run"
                 )
+            before = _valid(before)
             if state == "approved" and before.proposal.roster is not None and before.roster is None:
                 raise PolicyError(
                     f"{digest[:12]}: among whom it sums is not known here yet: its roster comes "
@@ -194,10 +235,11 @@ class Approvals:
                 )
             record(before)
             roster = before.roster if state == "approved" else None  # of nobody's use any more
-            entries[digest] = msgspec.structs.replace(
+            after = msgspec.structs.replace(
                 before, state=state, by=by, decided=now, reason=reason[:200], roster=roster
             )
-            return entries[digest]
+            entries[digest] = after
+            return after
 
     @contextmanager
     def _changing(self) -> Iterator[Entries]:
@@ -207,13 +249,40 @@ class Approvals:
             before = dict(entries)
             yield entries
             if entries != before:
-                data = msgspec.json.encode(tuple(entries.values()))
+                data = msgspec.json.encode([_written(entry) for entry in entries.values()])
                 if len(data) > MAX_BYTES:
                     raise PolicyError(
                         f"{FILE}: would be larger than {MAX_BYTES} bytes; put it away, and begin "
                         "anew: every run is then to be approved again"
                     )
                 write_atomic(self.path, data, PRIVATE)
+
+
+def _read(raw: msgspec.Raw) -> Entry | Outdated:
+    """Return one entry of the file; raise what is wrong with it beside its configuration."""
+    try:
+        return msgspec.json.decode(raw, type=Entry)
+    except (msgspec.ValidationError, ConfigError, MalformedMessage) as error:
+        stored, why = msgspec.json.decode(raw, type=_Stored), str(error)
+    known = {name: getattr(stored, name) for name in Known.__struct_fields__}
+    state: Literal["rejected", "no longer valid"] = (
+        "rejected" if stored.state == "rejected" else "no longer valid"
+    )
+    return Outdated(state=state, was=stored.state, why=why, raw=bytes(raw), **known)
+
+
+def _written(entry: Entry | Outdated) -> Entry | msgspec.Raw:
+    return msgspec.Raw(entry.raw) if isinstance(entry, Outdated) else entry
+
+
+def _valid(entry: Entry | Outdated) -> Entry:
+    """Return an entry that can be answered; raise PolicyError for one that is outdated."""
+    if isinstance(entry, Outdated):
+        raise PolicyError(
+            f"{entry.digest[:12]}: {entry.sentence}. It approves nothing, so there is nothing to "
+            "answer; the author can propose a changed configuration as a new run"
+        )
+    return entry
 
 
 def _require_room(entries: Entries) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from anabranch.client.data.records import fingerprint
 from anabranch.client.flower import NO_LIMITS, SiteLike, SummingSite, peer_key_of
 from anabranch.client.policy.approvals import Approvals
+from anabranch.client.policy.by_rule import rule_for
 from anabranch.client.policy.here import Here
 from anabranch.client.policy.here import here_of as here_of
 from anabranch.client.policy.journal import Audit, Journal, digest_of, privacy_of
@@ -31,16 +32,18 @@ from anabranch.client.policy.policy_file import Policy, policy_digest, read_poli
 from anabranch.client.policy.resources import MIB, hold_to_cores, resident_bytes
 from anabranch.client.policy.rules import (
     Asked,
+    Code,
     NotAllowed,
+    as_entry,
     decide,
     over_bytes,
-    rule_for,
     seconds_left,
 )
 from anabranch.client.policy.usage import Usage, UsageBook, Used
+from anabranch.client.policy.watched import SaysZeros, Watched, WithRecords, both, bytes_of
 from anabranch.client.policy.watched import Watch as Watch
-from anabranch.client.policy.watched import Watched, WithRecords, both, bytes_of
 from anabranch.client.question import key_of
+from anabranch.client.refusals import Tells, tells
 from anabranch.protocols import messages
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
@@ -54,6 +57,17 @@ from anabranch.protocols.secagg.terms import Roster
 CHECKPOINT_S = 5.0  # between two writings of the seconds used, while a site works
 
 log = logging.getLogger(__name__)
+
+
+class Stopped(NotAllowed):
+    """Work that must end. `sentence` leaves instead, of a run that hides updates: see refusals.py.
+
+    At which step, or by how much memory, may depend on the records.
+    """
+
+    def __init__(self, code: Code, message: str, sentence: str) -> None:
+        super().__init__(code, message)
+        self.sentence = sentence
 
 
 @dataclass(eq=False)
@@ -85,6 +99,7 @@ class GuardedSite:
     _roster: Roster | None = field(default=None, init=False)  # shown, for the next question
     _admitted: str = field(default="", init=False)  # configuration whose records may be counted
     _work: Work | None = field(default=None, init=False)
+    _zeros: bool = field(default=False, init=False)  # whether the update in work counts as zeros
     _known: tuple[object, str] = field(default=(None, ""), init=False)  # records, fingerprint
 
     def __post_init__(self) -> None:
@@ -93,6 +108,8 @@ class GuardedSite:
         self._here = here_of(self.folder) if self.here is None else self.here
         if isinstance(self.site, Watched):
             self.site.watch = both(self.site.watch, self.watch)
+        if isinstance(self.site, SaysZeros):
+            self.site.on_zeros = self._note_zeros
 
     @property
     def name(self) -> str:
@@ -134,11 +151,14 @@ class GuardedSite:
         question, down = key_of(assignment, adapter), bytes_of(adapter)
         with self._working(assignment, question=question, down=down) as work:
             config, data = assignment.config, self._data(assignment.config)
+            self._zeros = False
             report, frame = self.site.train(assignment, adapter)
             refusal = over_bytes(work.policy, work.usage, work.number, down=0, up=len(frame))
             if refusal is not None:
                 raise refusal
             self._count(work, Used(up=len(frame)))
+            if self._zeros:  # for the owner alone, and without the reason
+                self.journal.write("update-of-zeros", run=assignment.run, round=assignment.round)
             self.journal.write(
                 "round-trained",
                 run=assignment.run,
@@ -203,14 +223,20 @@ class GuardedSite:
         work = self._work
         if work is None:
             return
-        now, where = self.stopwatch(), f"round {work.number}: stopped at step {step} of {steps}"
+        now, round = self.stopwatch(), f"round {work.number}: stopped"
+        at = f"{round} at step {step} of {steps}"
         if now - work.written >= CHECKPOINT_S:
             self._count(work, Used())
         if now > work.deadline:
-            raise NotAllowed("minutes", f"{where}, its time at this site is over")
+            over = "its time at this site is over"
+            raise Stopped("minutes", f"{at}, {over}", f"{round}, {over}")
         if not work.policy.opening.open_at(self.clock()):
-            raise NotAllowed("hours", f"{where}, the hours of this site are over")
+            over = "the hours of this site are over"
+            raise Stopped("hours", f"{at}, {over}", f"{round}, {over}")
         self._require_memory(work.policy)
+
+    def _note_zeros(self) -> None:
+        self._zeros = True
 
     def _decide(
         self,
@@ -245,16 +271,24 @@ class GuardedSite:
                 self.approvals.note(signed.proposal, signed.key, config, asked.now, roster=roster)
             raise refusal
         assert signed is not None  # `decide` refuses what is unsigned
+        rule = self._noted(policy, asked, signed)
         if signed.proposal.digest in asked.usage.admitted:
             return policy, asked.usage
-        return policy, self._first(policy, asked, signed)
+        return policy, self._first(asked, signed, rule)
 
-    def _first(self, policy: Policy, asked: Asked, signed: Signed) -> Usage:
+    def _noted(self, policy: Policy, asked: Asked, signed: Signed) -> str:
+        """Write down which rule lets a proposal in, if one does; return its name, else ""."""
+        rule = rule_for(policy, asked.entries, as_entry(asked, signed))
+        if rule is None:
+            return ""
+        known = asked.entries.get(signed.proposal.digest)
+        if known is None or known.by != rule.name:  # it is counted (Rule.max_runs)
+            self.approvals.note(signed.proposal, signed.key, asked.config, asked.now, rule.name)
+        return rule.name
+
+    def _first(self, asked: Asked, signed: Signed, rule: str) -> Usage:
         """Write down that a proposal is allowed, the first time it is."""
-        proposal, rule = signed.proposal, rule_for(policy, asked, signed.proposal)
-        by = "" if rule is None else rule.name
-        if rule is not None:
-            self.approvals.note(proposal, signed.key, asked.config, asked.now, by)
+        proposal = signed.proposal
         self.journal.write(
             "run-allowed",
             run=asked.run,
@@ -265,7 +299,7 @@ class GuardedSite:
             base=proposal.base,
             contract=proposal.contract,
             privacy=privacy_of(asked.config),
-            rule=by,
+            rule=rule,
         )
         usage = asked.usage.admitting(proposal.digest)
         self.book.write(usage)
@@ -278,7 +312,7 @@ class GuardedSite:
         `down` are its bytes; `question` is what it asks to be trained, if it does.
         """
         run, number = assignment.run, assignment.round
-        with self._refusals(run, assignment.signed):
+        with self._refusals(run, assignment.signed, tells(assignment.config)):
             policy, usage = self._decide(
                 run,
                 assignment.config,
@@ -300,13 +334,15 @@ class GuardedSite:
                 self._count(work, Used())
 
     @contextmanager
-    def _refusals(self, run: str, signed: Signed | None) -> Iterator[None]:
+    def _refusals(self, run: str, signed: Signed | None, told: Tells = "all") -> Iterator[None]:
         """Write every refusal of the block to the audit log; a broken policy is one, too."""
         try:
             yield
         except PolicyError as error:
             refusal = error if isinstance(error, NotAllowed) else NotAllowed("policy", str(error))
             self.journal.refusal(run, signed, refusal)
+            if isinstance(refusal, Stopped) and told != "all":
+                refusal = NotAllowed(refusal.code, refusal.sentence)
             raise refusal from None
 
     def _count(self, work: Work, more: Used) -> None:
@@ -325,8 +361,10 @@ class GuardedSite:
     def _require_memory(self, policy: Policy) -> None:
         most, now = policy.limits.memory_mb, self.memory()
         if most is not None and now > most * MIB:
-            raise NotAllowed(
-                "memory", f"the site holds {now // MIB} MiB of memory, and its policy allows {most}"
+            raise Stopped(
+                "memory",
+                f"the site holds {now // MIB} MiB of memory, and its policy allows {most}",
+                "the site holds more memory than its policy allows",
             )
 
     def _examples(self, config: RunConfig, report: Trained) -> int:

@@ -3,6 +3,7 @@
     policy          policy.toml is another one than before (its digest)
     run-allowed     the first message of a proposal that is allowed
     round-trained   one round: data fingerprint, privacy, bytes
+    update-of-zeros before it: nothing was learned, and only this machine knows (refusals.py)
     update-masked   a masked update, of a secure sum, that may leave
     refused         a message, and why: the same one once in REPEAT_S, at most LINES in that time
 

@@ -33,14 +33,17 @@ Delta = Annotated[float, msgspec.Meta(gt=0, lt=0.1)]
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[[approval.rules]]: what is approved because something like it was, by a person."""
+    """[[approval.rules]]: what is approved because something like it was, by a person.
+
+    What that means beyond these values: by_rule.py.
+    """
 
     name: Name
     like: Hex  # digest of a proposal that is approved here; withdrawn, the rule ends
     same: tuple[Same, ...] = ("author", "code", "base", "contract")  # must be equal in both
     max_runs: Annotated[int, msgspec.Meta(ge=1, le=MAX_RUNS)] = 10  # that it may let in
-    max_rounds: Count | None = None
-    epsilon_max: Positive | None = None  # of a run with privacy; None: as [privacy] has it
+    max_rounds: Count | None = None  # None: as many as the run that it is like
+    epsilon_max: Positive | None = None  # of a run with privacy; None: as that run has it
 
 
 class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -223,7 +226,7 @@ coordinators = [  # SHA-256 of the authority's certificate, of every federation 
 {authors}
 [approval]
 mode = "each run"  # you approve every run: `anabranch site policy list`, then `approve DIGEST`
-# mode = "by rule"     # or: what is like a run that you approved, in these values, needs no answer
+# mode = "by rule"     # or: what is like a run that you approved, and no weaker, needs no answer
 # [[approval.rules]]
 # name = "same-study"
 # like = "…"           # the digest of the run that you approved, all 64 digits

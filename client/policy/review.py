@@ -14,12 +14,14 @@ from typing import Any, get_args
 
 import msgspec
 
-from anabranch.client.policy.approvals import Approvals, Entry
+from anabranch.client.policy.approvals import Approvals, Entry, Outdated
+from anabranch.client.policy.by_rule import unlike, why_it_waits
 from anabranch.client.policy.config_rules import CONFIG_RULES
 from anabranch.client.policy.peers import Verdict, day, seen
 from anabranch.client.policy.policy_file import Policy, read_policy
 from anabranch.client.policy.usage import UsageBook
 from anabranch.protocols.config import RunConfig
+from anabranch.protocols.errors import PolicyError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,10 @@ def policy_text(policy: Policy) -> str:
     return "\n".join(lines)
 
 
-def entry_values(entry: Entry) -> dict[str, Any]:
+def entry_values(entry: Entry | Outdated) -> dict[str, Any]:
     """Return an entry for --json."""
-    return {
+    no_more = {"was": entry.was, "invalid": entry.why} if isinstance(entry, Outdated) else {}
+    return no_more | {
         "digest": entry.digest,
         "state": entry.state,
         "first_seen": _when(entry.first_seen),
@@ -59,7 +62,7 @@ def entry_values(entry: Entry) -> dict[str, Any]:
     }
 
 
-def roster_values(folder: Path, entry: Entry) -> list[dict[str, Any]] | None:
+def roster_values(folder: Path, entry: Entry | Outdated) -> list[dict[str, Any]] | None:
     """Return who is on an entry's roster, for --json; None: it has none, or it has not come."""
     if entry.roster is None:
         return None
@@ -90,6 +93,17 @@ def roster_text(folder: Path, entry: Entry) -> str:
         since = f" since {day(one.pin.since)}" if one.verdict == "pinned" and one.pin else ""
         lines.append(f"{'':<11} {one.name:<{width}}  {one.fingerprint}  {one.verdict}{since}")
     return "\n".join(lines)
+
+
+def waits_text(folder: Path, entry: Entry) -> str:
+    """Return why no rule approves a run that waits; "": it does not wait, or there is no rule."""
+    if entry.state != "pending":
+        return ""
+    try:
+        why = why_it_waits(read_policy(folder), Approvals(folder).entries(), entry)
+    except PolicyError as error:  # an owner whose policy cannot be read may still reject
+        why = str(error)
+    return f"{'waits':<11} {why}" if why else ""
 
 
 def entry_text(entry: Entry) -> str:
@@ -153,11 +167,16 @@ def _author(policy: Policy, author: str | None) -> Line:
     )
 
 
-def _approval(policy: Policy, entries: Mapping[str, Entry], config: RunConfig) -> Line:
+def _approval(policy: Policy, entries: Mapping[str, Entry | Outdated], config: RunConfig) -> Line:
     same = [e for e in entries.values() if e.proposal.config == config.digest()]
     said = ", ".join(f"{e.digest[:12]} is {e.state}" for e in same)
     if not same:
         said = "no run of this configuration has been proposed"
+    for rule in policy.approval.rules:
+        like = entries.get(rule.like)
+        if isinstance(like, Entry) and like.state == "approved":
+            why = unlike(policy, rule, like.config, config)
+            said += f"; rule {rule.name}: {why or 'may approve it'}"
     return Line(what="approval", ok=None, sentence=f"{policy.approval.mode}; {said}")
 
 
@@ -188,10 +207,15 @@ def _sums(config: RunConfig) -> str:
     secure = config.secure_aggregation
     if secure is None:
         return "none: the coordinator sees what each site sends"
-    return (
+    said = (
         f"of at least {secure.minimum} sites, opened if more than {secure.threshold:.0%} agree; "
         "the coordinator sees no single update"
     )
+    if config.privacy is None and config.client_privacy is None:
+        said += (
+            ", but two runs like it, with other sites in the sum, can show one: they have no noise"
+        )
+    return said
 
 
 def _when(time_s: float) -> str:

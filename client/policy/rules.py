@@ -4,7 +4,7 @@
 
     who      coordinator, author, run, code     is it one of those whom the owner knows?
     what     config_rules.py                    would the whole run keep the limits?
-    owner    rejected, pending                  has a person, or a rule of theirs, approved it?
+    owner    rejected, pending                  has a person approved it, or a rule (by_rule.py)?
     used     minutes, bytes, hours              may it go on now?
 
 A rule returns None, or a sentence that may leave the site: it names what the owner allows and
@@ -18,14 +18,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from anabranch.client.policy.approvals import Entry
+from anabranch.client.policy.approvals import Entry, Outdated
+from anabranch.client.policy.by_rule import rule_for, why_it_waits
 from anabranch.client.policy.config_rules import CONFIG_RULES, ConfigCode
 from anabranch.client.policy.here import Here as Here
-from anabranch.client.policy.policy_file import Policy, Rule
+from anabranch.client.policy.policy_file import Policy
 from anabranch.client.policy.usage import Usage
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import AnabranchError, PolicyError
-from anabranch.protocols.identity.proposal import Proposal, Signed, require_fits
+from anabranch.protocols.identity.proposal import Signed, require_fits
 
 Code = Literal[
     ConfigCode,
@@ -60,7 +61,9 @@ class Asked:
     trains: bool = False  # it asks for training
     question: str = ""  # if it does: what is asked, as client/question.py names it
     down: int = 0  # bytes that came with it
-    entries: Mapping[str, Entry] = field(default_factory=dict)  # proposal digest -> answer
+    entries: Mapping[str, Entry | Outdated] = field(
+        default_factory=dict
+    )  # proposal digest -> answer
 
 
 def decide(policy: Policy, asked: Asked) -> NotAllowed | None:
@@ -75,7 +78,7 @@ def decide(policy: Policy, asked: Asked) -> NotAllowed | None:
     for code, forbid in CONFIG_RULES.items():
         if (sentence := forbid(policy, asked.config)) is not None:
             return NotAllowed(code, sentence)
-    return _owner(policy, asked, asked.signed.proposal) or _used(policy, asked)
+    return _owner(policy, asked, asked.signed) or _used(policy, asked)
 
 
 # who
@@ -137,60 +140,32 @@ _WHO: dict[Code, Callable[[Policy, Asked, Signed], str | None]] = {
 # owner
 
 
-def _owner(policy: Policy, asked: Asked, proposal: Proposal) -> NotAllowed | None:
+def _owner(policy: Policy, asked: Asked, signed: Signed) -> NotAllowed | None:
+    proposal = signed.proposal
     known = asked.entries.get(proposal.digest)
     state = None if known is None else known.state
     short = proposal.digest[:12]
     if state == "rejected":
         return NotAllowed("rejected", f"the owner of this site rejected this run ({short})")
-    if state == "approved" or rule_for(policy, asked, proposal) is not None:
+    new = as_entry(asked, signed)
+    if state == "approved" or rule_for(policy, asked.entries, new) is not None:
         return None
-    return NotAllowed("pending", f"waiting for the owner: `anabranch site policy approve {short}`")
+    why = why_it_waits(policy, asked.entries, new)
+    return NotAllowed(
+        "pending",
+        f"waiting for the owner: `anabranch site policy approve {short}`{why and f' ({why})'}",
+    )
 
 
-def rule_for(policy: Policy, asked: Asked, proposal: Proposal) -> Rule | None:
-    """Return the rule that approves a proposal in its owner's place; None if there is none.
-
-    None, too, for a proposal that a person has decided on.
-    """
-    known = asked.entries.get(proposal.digest)
-    if policy.approval.mode != "by rule" or (
-        known is not None and known.state in ("approved", "rejected")
-    ):
-        return None
-    return next((r for r in policy.approval.rules if _fits(r, asked, proposal)), None)
-
-
-_SUMS: tuple[Callable[[RunConfig], object], ...] = (
-    lambda config: config.secure_aggregation,
-    lambda config: None if config.privacy is None else config.privacy.noise,
-)
-
-
-def _fits(rule: Rule, asked: Asked, proposal: Proposal) -> bool:
-    like, config = asked.entries.get(rule.like), asked.config
-    if like is None or like.state != "approved":
-        return False
-    same = (*rule.same, "roster")  # whom a site is summed with is for a person to say
-    if any(getattr(like.proposal, name) != getattr(proposal, name) for name in same):
-        return False
-    if any(table(like.config) != table(config) for table in _SUMS):
-        return False  # of how few, and by whom the noise is made: for a person, too
-    if rule.max_rounds is not None and config.federation.rounds > rule.max_rounds:
-        return False
-    runs = {digest for digest, one in asked.entries.items() if one.by == rule.name and ruled(one)}
-    if len(runs | {proposal.digest}) > rule.max_runs:
-        return False
-    tables = (config.privacy, config.client_privacy)
-    epsilons = [table.epsilon for table in tables if table is not None]
-    return rule.epsilon_max is None or (
-        bool(epsilons) and max(epsilons) <= rule.epsilon_max
-    )  # a run without privacy spends any epsilon
-
-
-def ruled(entry: Entry) -> bool:
-    """Whether a rule, and no person, let this proposal in."""
-    return entry.state == "by rule"
+def as_entry(asked: Asked, signed: Signed) -> Entry:
+    """Return a proposal as it would be put before the owner."""
+    return Entry(
+        proposal=signed.proposal,
+        key=signed.key,
+        config=asked.config,
+        state="pending",
+        first_seen=asked.now,
+    )
 
 
 # used

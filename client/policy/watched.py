@@ -20,6 +20,13 @@ class Watched(Protocol):
 
 
 @runtime_checkable
+class SaysZeros(Protocol):
+    """A site that calls `on_zeros` when an update counts as zeros and nobody else is told."""
+
+    on_zeros: Callable[[], None] | None
+
+
+@runtime_checkable
 class WithRecords(Protocol):
     """A site that has read its records."""
 

@@ -107,13 +107,15 @@ def stop(federation: Federation, run: str) -> RunEntry:
 def resume(federation: Federation, run: str) -> RunEntry:
     """Let a run that was stopped or failed go on from its last merge.
 
-    Raises ConfigError if there is no such run, it is over, or it is not stopped.
+    Raises ConfigError if there is no such run, it is over, or it is not stopped; and if this
+    version refuses its configuration.
     """
     entry = existing(federation, run)
     if entry.state in OVER:
         raise ConfigError(f"run {entry.run}: {entry.state} already; for more rounds, {_CONTINUE}")
     if entry.desired == "running" and entry.state != "failed":
         raise ConfigError(f"run {entry.run}: {entry.state}; it was not stopped")
+    parse(entry.toml, source=f"run {entry.run} cannot go on with this version")
     federation.audit.append("resume-asked", run=entry.run)
     state = "queued" if entry.state in ("stopped", "failed") else entry.state
     return federation.state.set_run(

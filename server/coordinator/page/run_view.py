@@ -31,6 +31,7 @@ class RunFacts:
 
     entry: RunEntry
     config: RunConfig | None = None  # None: it cannot be read by this version
+    refused: str = ""  # why
     wait: Wait | None = None
     asking: Mapping[str, Asked] = field(default_factory=dict)
     log: RunLog = field(default_factory=RunLog)
@@ -51,7 +52,7 @@ def run_view(facts: RunFacts, active_sites: Iterable[str] = ()) -> RunView:
         state=entry.state,
         desired=entry.desired,
         doing=_doing(facts, rounds, hidden),
-        detail=entry.detail or log.message,
+        detail=entry.detail or facts.refused or log.message,
         created=entry.created,
         started=log.started,
         ended=log.ended if over else None,

@@ -63,7 +63,7 @@ class Watcher:
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
         self._logs: dict[str, tuple[EventFile, RunLog]] = {}
-        self._configs: dict[str, RunConfig | None] = {}
+        self._configs: dict[str, tuple[RunConfig | None, str]] = {}
 
     def view(self, now: float) -> View:
         """Return what there is to see. Raises what State raises for a damaged or busy file."""
@@ -94,9 +94,11 @@ class Watcher:
         file, log = self._log(entry.run)
         if entry.run not in self._configs:
             self._configs[entry.run] = _config(entry)
+        config, refused = self._configs[entry.run]
         return RunFacts(
             entry=entry,
-            config=self._configs[entry.run],
+            config=config,
+            refused=refused,
             wait=wait,
             asking=self._federation.state.asking(entry.run),
             log=log,
@@ -239,11 +241,11 @@ def _doing(reported: Reported) -> str:
     return ", ".join(parts)
 
 
-def _config(entry: RunEntry) -> RunConfig | None:
+def _config(entry: RunEntry) -> tuple[RunConfig | None, str]:
     try:
-        return parse(entry.toml, source=f"run {entry.run}")
-    except ConfigError:  # of another version; what is known of the run is shown without it
-        return None
+        return parse(entry.toml, source=f"run {entry.run}"), ""
+    except ConfigError as error:  # of another version; what is known is shown without it
+        return None, f"no longer valid with this version: {error}"
 
 
 def _certificate_ends(file: Path) -> float | None:

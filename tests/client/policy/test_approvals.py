@@ -65,7 +65,8 @@ def test_an_unknown_proposal_waits_and_is_written_down_once(tmp_path: Path) -> N
     assert approvals.note(signed.proposal, signed.key, config, NOW)
     assert not approvals.note(signed.proposal, signed.key, config, NOW + 9)
 
-    (entry,) = approvals.entries().values()
+    entry = approvals.find(signed.proposal.digest)
+    assert list(approvals.entries().values()) == [entry]
     assert (entry.state, entry.first_seen, entry.config) == ("pending", NOW, config)
     assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
 
@@ -110,6 +111,8 @@ def test_a_note_of_a_rule_becomes_a_question_when_the_rule_has_ended(tmp_path: P
     digest = noted(approvals)
     noted(approvals, rule="study")
     assert (state(approvals, digest), approvals.entries()[digest].by) == ("by rule", "study")
+    noted(approvals, rule="another")  # which counts it, from now on
+    assert (state(approvals, digest), approvals.entries()[digest].by) == ("by rule", "another")
     noted(approvals)
     assert state(approvals, digest) == "pending"
 

@@ -57,6 +57,12 @@ def test_a_rule_is_named_in_the_log_and_in_the_approvals(ward: Ward) -> None:
     ward.set()
     assert code_of(ward.train) == "pending"  # the rule is gone
     assert Approvals(ward.folder).entries()[ward.signed.proposal.digest].state == "pending"
+    for name in ("study", "renamed"):  # it counts among the runs of the rule that lets it in
+        ward.set(approval={"mode": "by rule", "rules": [{"name": name, "like": like}]})
+        ward.train()
+        entry = Approvals(ward.folder).entries()[ward.signed.proposal.digest]
+        assert (entry.state, entry.by) == ("by rule", name)
+    assert ward.notes.kinds.count("run-allowed") == 1  # it is one run, all the same
 
 
 def test_the_same_refusal_is_logged_once_in_a_while_and_counted(ward: Ward) -> None:

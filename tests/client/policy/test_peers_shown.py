@@ -22,7 +22,7 @@ from tests.client.policy.policies import HERE, NOW, Clock, private_config, signe
 
 
 def known(home: Home, signed: Signed) -> Entry:
-    return Approvals(home.folder).entries()[signed.proposal.digest]
+    return Approvals(home.folder).find(signed.proposal.digest)
 
 
 def ask(home: Home, signed: Signed, roster: Roster | None) -> None:

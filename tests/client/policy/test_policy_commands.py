@@ -13,7 +13,7 @@ from anabranch.client.policy import policy_file
 from anabranch.client.policy.approvals import Approvals
 from anabranch.client.policy.guard import GuardedSite, here_of
 from anabranch.client.policy.policy_file import FILE, Policy, default_policy, parse_policy
-from anabranch.client.policy.review import policy_text
+from anabranch.client.policy.review import entry_text, policy_text
 from anabranch.storage.audit_check import verify
 from anabranch.storage.audit_log import AuditLog
 from anabranch.storage.files import write_atomic
@@ -21,10 +21,12 @@ from tests.client.policy.policies import (
     ANNA,
     AUTHORITY,
     NOW,
+    entry_of,
     key_of,
     policy_of,
     private_config,
     signed_of,
+    without_none,
     write_coordinator,
     write_policy,
 )
@@ -108,6 +110,49 @@ def test_an_approval_shows_the_run_and_is_logged(
     assert log.count('"kind":"run-approved"') == 1  # an answer that does not count is not logged
     assert log.count('"kind":"run-rejected"') == 1
     assert verify(site / "audit.jsonl").entries == 3
+
+
+def test_an_owner_with_rules_is_told_why_a_run_waits(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    like, config = digest(site), private_config(seed=9, federation={"rounds": 3})
+    assert run(["site", "policy", "approve", like, "-f", str(site), "--yes"]) == 0
+    assert "\nwaits " not in capsys.readouterr().out
+    rule = {"name": "study", "like": like}
+    write_policy(site, policy_of(approval={"mode": "by rule", "rules": [rule]}))
+    signed = signed_of(config, run="run-2", code=here_of(site).code)
+    Approvals(site).note(signed.proposal, signed.key, config, NOW)
+    why = "federation.rounds is 3, and it allows 2"
+
+    later = signed.proposal.digest
+    assert run(["site", "policy", "reject", later, "-f", str(site), "--yes"]) == 0
+    said = capsys.readouterr().out
+    assert f"\nwaits       rule study does not approve it: {why}\n" in said
+    (tmp_path / "run.toml").write_bytes(
+        msgspec.toml.encode(without_none(msgspec.to_builtins(config)))
+    )
+    arguments = ["site", "policy", "check", str(tmp_path / "run.toml"), "-f", str(site)]
+    assert run(arguments) == 0
+    assert f"; rule study: {why}\n" in capsys.readouterr().out
+
+
+def test_an_owner_may_say_no_while_the_policy_is_broken(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site / FILE).write_text("nonsense")
+    assert run(["site", "policy", "reject", digest(site), "-f", str(site), "--yes"]) == 0
+    assert "\nwaits       policy.toml: " in capsys.readouterr().out
+    assert state(site) == "rejected"
+
+
+def test_an_owner_is_told_what_two_runs_without_noise_can_show() -> None:
+    summed = private_config(secure_aggregation={"minimum": 3}, privacy=None)
+    said = [
+        entry_text(entry_of(signed_of(one, roster="5" * 64), one, "pending"))
+        for one in (summed, private_config(secure_aggregation={"minimum": 3}))
+    ]
+
+    assert ["two runs like it" in one for one in said] == [True, False]
 
 
 def test_nothing_is_approved_without_a_yes(

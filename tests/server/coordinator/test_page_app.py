@@ -8,6 +8,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +43,7 @@ from anabranch.server.coordinator.page.app import Feed
 from anabranch.server.coordinator.page.server import config_of, require_safe
 from anabranch.server.coordinator.page.shown import View
 from anabranch.server.coordinator.state import OpenInvitation
-from tests.page_cases import NOW, add_site, example, make, report, serving
+from tests.page_cases import DAY, NOW, add_site, example, make, report, serving
 
 PATHS = ("/", "/api/view", "/metrics", "/events")
 
@@ -212,7 +213,7 @@ def test_the_whole_view_comes_at_once_and_again_when_it_has_changed(tmp_path: Pa
         heard = events(got.iter_lines())
         kind, first = next(heard)
         assert (kind, first["sites"]) == ("view", [])
-        add_site(federation, "aarhus")
+        add_site(federation, "aarhus", expires=time.time() + 80 * DAY)
         kind, second = next(heard)
         assert (kind, [site["name"] for site in second["sites"]]) == ("view", ["aarhus"])
         report(federation, "aarhus", at=second["at"])
