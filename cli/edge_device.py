@@ -104,7 +104,9 @@ def _agent(home: Path | None, data: Path | None, ignore: bool) -> Iterator[Agent
     from anabranch.edge.runtime.loop import Agent
     from anabranch.edge.runtime.sensors import SystemSensors
     from anabranch.edge.runtime.transport import connect
+    from anabranch.storage.dumps import forbid_dumps
 
+    forbid_dumps()
     place = _home(home)
     conditions = None if ignore else read_device(place.folder).conditions
     with connect(place) as gateway:

@@ -80,7 +80,9 @@ def serve(folder: Folder, as_json: Json = False) -> int:
     import logging
 
     from anabranch.edge.gateway.server import start
+    from anabranch.storage.dumps import forbid_dumps
 
+    forbid_dumps()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,7 +16,9 @@ from flwr.app import Context
 
 from anabranch.client.agent.identity import joined
 from anabranch.client.flower import SiteLike, client_app
+from anabranch.client.sums.between import sweep
 from anabranch.protocols.errors import ConfigError
+from anabranch.storage.dumps import forbid_dumps
 
 
 @cache  # a site keeps its model and its prefix activations between the messages of a process
@@ -27,8 +29,15 @@ def open_site(folder: Path, process_per_message: bool = False) -> SiteLike:
     return Site(folder, process_per_message=process_per_message)
 
 
+def begin() -> None:
+    """Begin a process for one message of any kind: no dumps, and nothing of sums that are over."""
+    forbid_dumps()
+    sweep()
+
+
 def site_of(context: Context) -> SiteLike:
     """Return the site that this node was started for."""
+    begin()
     folder = context.node_config.get("site")
     if not isinstance(folder, str) or not folder:
         raise ConfigError(

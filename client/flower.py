@@ -51,6 +51,7 @@ from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import (
     AnabranchError,
+    BadBoxes,
     ConfigError,
     DataError,
     MalformedMessage,
@@ -154,7 +155,9 @@ def answer(message: Message, context: Context, site_for: SiteFor, work: Work, wh
     except AnabranchError as error:
         if not isinstance(error, PolicyError):  # it has been told by the policy (client/policy)
             log.warning("%s refuses %s: %s", name, what, error)
-        content = pack_refused(Refused(site=name, reason=reason_of(error), message=str(error)))
+        accused = error.senders if isinstance(error, BadBoxes) else ()
+        refused = Refused(site=name, reason=reason_of(error), message=str(error), accused=accused)
+        content = pack_refused(refused)
     except Exception as error:  # the boundary: Flower would send its text
         log.exception("%s failed in %s", name, what)
         text = f"{type(error).__name__} in {what}: see the site's log"

@@ -12,15 +12,28 @@ AnabranchError           a sentence the user can act on; safe to show and to sen
 ├── DeviceError          a device cannot do this now: memory, conditions, enrolment, disk
 └── ProtocolError        a peer broke the protocol; drop the peer
     ├── MalformedMessage     the bytes do not follow docs/wire-format.md
-    └── IncompatibleAdapter  well-formed, but for another adapter (base, names, shapes)
+    ├── IncompatibleAdapter  well-formed, but for another adapter (base, names, shapes)
+    └── BadBoxes             boxes of a secure sum that their holder cannot open
 
 Messages name the thing, the value, what was expected and the next step, and never hold
 the content of a record: they are sent to the coordinator as they are.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class AnabranchError(Exception):
     """Base of all errors whose text is meant for the user."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go to another process with all fields, whatever a subclass's __init__ takes."""
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[AnabranchError], args: tuple[Any, ...]) -> AnabranchError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(AnabranchError):
@@ -69,3 +82,14 @@ class MalformedMessage(ProtocolError):
 
 class IncompatibleAdapter(ProtocolError):
     """An adapter for another base model, or with other names or shapes."""
+
+
+class BadBoxes(ProtocolError):
+    """Boxes of a secure sum that their holder cannot open; `senders`: whose boxes they are.
+
+    A sender has sealed its box badly, or it was changed on the way, or the holder lies.
+    """
+
+    def __init__(self, text: str, senders: tuple[str, ...]) -> None:
+        super().__init__(text)
+        self.senders = senders

@@ -16,9 +16,10 @@ from anabranch.protocols.config import RunConfig, not_finite
 from anabranch.protocols.errors import ConfigError, MalformedMessage
 from anabranch.protocols.identity.proposal import Signed
 from anabranch.protocols.part import Part
-from anabranch.protocols.tables import Engine, NotNegative
+from anabranch.protocols.tables import Engine, Name, NotNegative
 
 MAX_JSON = 4 << 20  # bytes
+MAX_ACCUSED = 1024  # neighbours of one member of a secure sum, at most
 
 Reason = Literal["config", "data", "model", "privacy", "policy", "protocol", "internal"]
 
@@ -59,12 +60,15 @@ class Evaluated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     metrics: dict[str, float]
 
 
-class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Refused(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """The client did not do it, and why: a safe sentence, never a record's content."""
 
     site: str
     reason: Reason
     message: str
+    accused: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_ACCUSED)] = ()  # see BadBoxes
 
 
 M = TypeVar("M", bound=msgspec.Struct)

@@ -233,7 +233,8 @@ class SecureAggregation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     range: Positive = 4.0  # every value of an update lies in [−range, range]
     value_bits: Annotated[int, msgspec.Meta(ge=8, le=32)] = 20  # per value, at least
     ring: Literal[16, 24, 32, 64] | None = None  # bits; None: the narrowest that holds the sum
-    group: Annotated[int, msgspec.Meta(ge=2)] | None = None  # sites of a group; for [robust] alone
+    # sites of a group, for [robust] alone: `minimum` and all who may collude, at least
+    group: Annotated[int, msgspec.Meta(ge=2)] | None = None
     keystream: Literal["fastest", "aes-256-ctr", "chacha20"] = "fastest"  # at the coordinator
     deadline_s: Positive = 120.0  # of each of the five stages after training
 

@@ -288,6 +288,7 @@ class Exchange:
             **({"asked": question.kind} if stage is None else {"stage": stage}),
             reason=failure.reason,
             message=failure.message,
+            **({"accused": list(failure.accused)} if failure.accused else {}),
         )
 
     def _unfit(self) -> Callable[[Peer], Failure | None]:

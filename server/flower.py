@@ -64,6 +64,7 @@ class Failure:
     reason: str
     message: str
     site: str = ""  # only where the site is not known otherwise
+    accused: tuple[str, ...] = ()  # whose boxes, of a secure sum, it could not open, as it says
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.sums.participant import InMemory, Participant
+from anabranch.client.sums.given import InMemory
+from anabranch.client.sums.participant import Participant
 from anabranch.client.sums.terms import (
     Kept,
     agreement_of,

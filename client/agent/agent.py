@@ -1,7 +1,7 @@
 """The process of a site: `anabranch site serve`.
 
     keeper thread   says that the site is here and what it does; renews the certificate;
-                    writes state.json
+                    writes state.json; drops the secrets of secure sums that are over
     main thread     a message ─► fetch ─► policy and work (client/policy, client/site.py) ─► answer
 
 It runs what is installed here and nothing else: the hash of the app that a message's run names
@@ -41,9 +41,11 @@ from anabranch.client.policy.policy_file import read_policy
 from anabranch.client.policy.rules import NotAllowed
 from anabranch.client.question import FOLDER
 from anabranch.client.site import Site
+from anabranch.client.sums.participant import PARTICIPANTS
 from anabranch.protocols import messages
 from anabranch.protocols.errors import AnabranchError, PolicyError, RunError
 from anabranch.storage.audit_log import AuditLog
+from anabranch.storage.dumps import forbid_dumps
 from anabranch.storage.files import locked, sweep, write_atomic
 
 REPORT_S = 2.0  # between two reports, at most; a change is told at once
@@ -253,7 +255,7 @@ class Agent:
             why = self._link
             try:
                 door = door or Door(self.identity)
-                heard = door.report(self.doing.report)
+                heard = door.report(self.doing.outward)
                 if abs(heard.time - self.clock()) > SKEW_S:
                     why = _skew(heard.time - self.clock())
                 if self._renews(door, heard.renew):
@@ -269,8 +271,11 @@ class Agent:
                     door.close()
                 door = None
             self._write(why)
+            PARTICIPANTS.expire()
             self.doing.changed.wait(REPORT_S)
             self.stop.wait(0.1)  # at most ten reports a second
+        if door is not None:
+            door.close()
         self._write("stopped by its owner")
 
     def _renews(self, door: Door, asked: bool) -> bool:
@@ -310,6 +315,7 @@ def _skew(seconds: float) -> str:
 
 def serve(folder: Path) -> None:
     """Serve the site in `folder` until SIGINT or SIGTERM. One agent serves a folder at a time."""
+    forbid_dumps()
     agent = Agent(folder)
 
     def end(number: int, frame: FrameType | None) -> None:

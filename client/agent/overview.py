@@ -26,6 +26,7 @@ AUDIT = "audit.jsonl"
 SITE = Path("site")  # the folder of a site, unless another one is named
 LAST = 5  # lines of the audit log
 SHOWN = 160  # characters of an audit line's fields
+ZEROS = "update-of-zeros"  # see client/policy/guard.py
 
 HASH = re.compile("[0-9a-f]{32,}")
 
@@ -134,6 +135,9 @@ def overview(folder: Path, clock: Callable[[], float] = time.time) -> Overview:
 
     now = clock()
     attempt(lambda: read_policy(folder), None)
+    audit = attempt(lambda: tail(folder / AUDIT), tuple[str, ...]())
+    if any(line.split()[1:2] == [ZEROS] for line in audit):
+        problems.append("an update counted as zeros, as nothing was learned: see the site's log")
     state = attempt(lambda: read_state(folder), None)
     return Overview(
         folder=folder,
@@ -146,7 +150,7 @@ def overview(folder: Path, clock: Callable[[], float] = time.time) -> Overview:
         expires=attempt(lambda: identity.expires, 0.0),
         pending=attempt(lambda: _pending(folder), ()),
         spent=attempt(spent, 0),
-        audit=attempt(lambda: tail(folder / AUDIT), ()),
+        audit=audit,
         problems=tuple(problems),
     )
 

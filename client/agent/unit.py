@@ -3,6 +3,7 @@
 It may write to the site's folder and to the folder of the ledger's witnesses, and to nothing else
 but its own /tmp; it gains no privileges. Options that need capabilities, which a user's service
 manager does not have, are left out (systemd.exec(5)). MemoryMax and CPUQuota are policy.toml's.
+The secrets of secure sums are in its memory, so that is neither dumped nor swapped.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ RestrictRealtime=yes
 RestrictSUIDSGID=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallArchitectures=native
+LimitCORE=0
+MemorySwapMax=0
 {limits}
 [Install]
 WantedBy=default.target

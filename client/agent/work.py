@@ -21,6 +21,7 @@ from anabranch.client.flower import (
     peer_key_of,
 )
 from anabranch.client.policy.rules import NotAllowed
+from anabranch.client.refusals import tells
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import (
@@ -53,6 +54,7 @@ class Doing:
     boot: str = field(default_factory=lambda: secrets.token_hex(32))
     changed: threading.Event = field(default_factory=threading.Event)
     report: Report = field(init=False)
+    hides: bool = False  # whether the run in work keeps its steps from the coordinator
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -77,6 +79,14 @@ class Doing:
             if "round" in about:
                 about["round"] = min(about["round"], 2**53)
             self.report = msgspec.structs.replace(now, **about)
+
+    @property
+    def outward(self) -> Report:
+        """Return the report as it leaves: of a run that hides updates, without its steps."""
+        now = self.report
+        if not self.hides or now.activity != "training":
+            return now
+        return msgspec.structs.replace(now, step=0, steps=0)
 
     def watch(self, activity: Activity, step: int, steps: int) -> None:
         """Take a step of a site's work (client/site.py)."""
@@ -133,6 +143,7 @@ class Told:
     def train(self, assignment: Assignment, adapter: Adapter) -> tuple[Trained, bytes]:
         """Train."""
         began = time.monotonic()
+        self.doing.hides = tells(assignment.config) != "all"
         self.doing.set("preparing", run=assignment.run, round=assignment.round)
         with self._noting(assignment.run):
             report, frame = self.site.train(assignment, adapter)

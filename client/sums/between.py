@@ -5,7 +5,8 @@
 The secrets of a sum are never on a disk. So this lies in memory that the system shows as a folder
 (tmpfs), for its owner alone: a machine that is started anew has forgotten it, and the site is a
 dropout, as a long-lived process is that was killed. It is written before an answer leaves, so no
-stage is answered twice in two ways, and it goes with the last answer.
+stage is answered twice in two ways. It goes with the last answer; if that is never asked for, with
+the first message of any kind, of any run, after the sum is over by its deadlines (`sweep`).
 """
 
 from __future__ import annotations
@@ -15,35 +16,49 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
+from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import ConfigError, RunError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.secagg.member import Paused
+from anabranch.protocols.secagg.messages import STAGES
 from anabranch.storage.files import locked, write_atomic
 
 MOUNTS = Path("/proc/self/mounts")
 SHARED = Path("/dev/shm")
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
-STALE_S = 86_400.0  # after so long a sum is over, whatever became of it
+TORN_S = 600.0  # a file that cannot be read, and is older, is not being written any more
+LONGER_S = 60.0  # that a sum may take beyond the deadlines of its stages
 
 
 class Left(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A participant's part in a sum (secure.Participant), with its secrets."""
+    """A participant's part in a sum (participant.py), with its secrets."""
 
     member: Paused
     about: Assignment
     rank: int
     advertised: int
     over: tuple[str, ...]
+    until: float  # of the monotonic clock, one for all processes: the sum is over then
 
     def __repr__(self) -> str:
         return f"Left({self.member!r})"
+
+
+class _Until(msgspec.Struct):
+    until: float
+
+
+def longest(config: RunConfig) -> float:
+    """Return the seconds after an invitation by which its sum is over, whatever became of it."""
+    secure = config.secure_aggregation
+    return LONGER_S + (0.0 if secure is None else len(STAGES) * secure.deadline_s)
 
 
 class Between(Protocol):
@@ -131,18 +146,26 @@ class InMemoryFile:
             ) from None
 
 
-def memory(mounts: Path = MOUNTS) -> Path:
-    """Return a folder of this machine that is memory. Raises ConfigError if there is none."""
+def memories(mounts: Path = MOUNTS) -> tuple[Path, ...]:
+    """Return the folders of this machine that are memory; the environment's comes first."""
     wanted = [os.environ.get("XDG_RUNTIME_DIR", ""), str(SHARED)]
     try:
         kinds = {line.split()[1]: line.split()[2] for line in mounts.read_text().splitlines()}
     except (OSError, IndexError):
         kinds = {}
+    found = []
     for name in filter(None, wanted):
         folder = Path(name).resolve()
         mount = next((str(p) for p in (folder, *folder.parents) if str(p) in kinds), "")
         if kinds.get(mount) in IN_MEMORY and os.access(folder, os.W_OK | os.X_OK):
-            return folder
+            found.append(folder)
+    return tuple(found)
+
+
+def memory(mounts: Path = MOUNTS) -> Path:
+    """Return the first of them. Raises ConfigError if there is none."""
+    for folder in memories(mounts):
+        return folder
     raise ConfigError(
         "secure sums keep their secrets in memory, and Flower starts a process for each message "
         f"here: neither $XDG_RUNTIME_DIR nor {SHARED} is a folder in memory (tmpfs) that this user "
@@ -150,9 +173,20 @@ def memory(mounts: Path = MOUNTS) -> Path:
     )
 
 
+def sweep() -> None:
+    """Remove what sums that are over have left, wherever this user has a folder for that.
+
+    A process before this one may have had another environment.
+    """
+    for here in memories():
+        with suppress(ConfigError):  # it is raised again for whoever takes part in a sum
+            if _folder_in(here).exists():
+                own_folder(here)
+
+
 def own_folder(memory: Path) -> Path:
-    """Return this user's folder there, without what is stale. Raises ConfigError if it is not."""
-    folder = memory / f"anabranch-{os.getuid()}"
+    """Return this user's folder there, without what is over. Raises ConfigError if it is not."""
+    folder = _folder_in(memory)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -162,16 +196,36 @@ def own_folder(memory: Path) -> Path:
                 "user alone: remove it"
             )
         for file in folder.iterdir():
-            if _stale(file):
-                file.unlink(missing_ok=True)
+            if _over(file):
+                _remove(file)
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}: secure sums need it") from None
     return folder
 
 
-def _stale(file: Path) -> bool:
-    """Whether no sum needs a file any more. A lock has no secret, and may be held."""
+def _folder_in(memory: Path) -> Path:
+    return memory / f"anabranch-{os.getuid()}"
+
+
+def _remove(file: Path) -> None:
+    """Remove what is over, if nobody has put a new sum in its place or is about to."""
+    if file.name.startswith("."):  # half-written: what is put in place has another name
+        file.unlink(missing_ok=True)
+        return
+    with suppress(RunError), locked(file, busy="another process answers a stage of it"):
+        if _over(file):
+            file.unlink(missing_ok=True)
+
+
+def _over(file: Path) -> bool:
+    """Return whether no sum needs a file any more. A lock has no secret, and may be held."""
+    if file.suffix == ".lock":
+        return False
     try:
-        return file.suffix != ".lock" and time.time() - file.lstat().st_mtime > STALE_S
+        return time.monotonic() > msgspec.json.decode(file.read_bytes(), type=_Until).until
     except FileNotFoundError:  # another node's process has put it in its place, or was done with it
+        return False
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        with suppress(FileNotFoundError):
+            return time.time() - file.lstat().st_mtime > TORN_S
         return False

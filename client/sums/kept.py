@@ -50,7 +50,7 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True)
 class InFrame:
-    """Of a gateway (secure.Saved), which keeps no answers: the delta itself, at `path`."""
+    """Of a gateway (participant.Saved), which keeps no answers: the delta itself, at `path`."""
 
     path: Path
 
@@ -84,7 +84,7 @@ class InFrame:
 
 @dataclass(frozen=True)
 class InAnswers:
-    """Of a real site (secure.Saved): `path` says which of `answers` waits for its sum."""
+    """Of a real site (participant.Saved): `path` says which of `answers` waits for its sum."""
 
     path: Path
     answers: Answers

@@ -6,10 +6,11 @@
 
 A delta is given to one sum. Once a masked vector has left, others may open the sum that it is in
 without asking this site again; the same update in a second sum, among others, would show a
-difference. So a round is written down as given before the masked vector leaves, and every other
-sum of that round is refused, for ever. Before that it may be in several attempts, one at a time.
-A real site finds its delta again when it is started anew (kept.py). The secrets of a sum are in
-memory alone: in the middle of one such a site is a dropout, and the others go on without it.
+difference. So a round is written down as given (given.py) before the masked vector leaves, and
+every other sum of that round is refused, for ever. Before that it may be in several attempts, one
+at a time. A real site finds its delta again when it is started anew (kept.py). The secrets of a
+sum are in memory alone: a site that is started anew in the middle of one is a dropout, and the
+others go on without it.
 (Where each message has a process of its own, they are in memory that outlives it: between.py.)
 
 Participants are kept per process and not per site object: the clients of a simulation are made
@@ -20,41 +21,29 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from anabranch.client.sums.between import Between, Left, OneProcess
-from anabranch.client.sums.terms import Kept, digest_of, require_company, require_terms
+from anabranch.client.sums.between import Between, Left, OneProcess, longest
+from anabranch.client.sums.given import Given, InMemory
+from anabranch.client.sums.terms import Kept, digest_of, require_going_on, require_terms
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import ProtocolError, RunError
 from anabranch.protocols.messages import Assignment
 from anabranch.protocols.secagg.member import Answer, Limits, Member
-from anabranch.protocols.secagg.messages import Adverts, Delivery, Invite, Request, Survivors
+from anabranch.protocols.secagg.messages import Adverts, Delivery, Invite, Request
 from anabranch.protocols.secagg.terms import Terms
-from anabranch.storage.files import sync_folder, write_atomic
 
-FOLDER = "secure"  # in a site's folder: which rounds of each run were given to a sum
 MOST_RUNS = 8  # whose participants are kept in one process
 MOST_ATTEMPTS = 64  # of one round, whose requests are known to be over
 
 Vector = Callable[[Delta, Assignment, Terms, int], NDArray[Any]]  # see vector_of
-
-
-class Given(Protocol):
-    """Where it is written down to which sum the update of each round of a run was given."""
-
-    def read(self) -> dict[int, str]:
-        """Return round -> Terms.instance. Raises RunError if that cannot be read."""
-
-    def write(self, given: dict[int, str]) -> None:
-        """Keep it; it is durable when this returns. Raises RunError if it cannot be."""
 
 
 class Saved(Protocol):
@@ -84,58 +73,6 @@ class Unsaved:
         """Do nothing."""
 
 
-@dataclass(eq=False)
-class InMemory:
-    """Of a simulated site."""
-
-    given: dict[int, str] = field(default_factory=dict)
-
-    def read(self) -> dict[int, str]:
-        """Return round -> Terms.instance."""
-        return dict(self.given)
-
-    def write(self, given: dict[int, str]) -> None:
-        """Keep it."""
-        self.given = dict(given)
-
-
-@dataclass(frozen=True)
-class InFile:
-    """Of a real site: a JSON object in its folder, for its owner alone."""
-
-    path: Path
-
-    def read(self) -> dict[int, str]:
-        """Return round -> Terms.instance. Raises RunError if the file cannot be read."""
-        if not self.path.exists():
-            return {}
-        try:
-            return msgspec.json.decode(self.path.read_bytes(), type=dict[int, str])
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else error  # without the folder
-            raise RunError(
-                f"{self._name} in the site's folder says which rounds were given "
-                f"to a sum, and cannot be read ({why}). Restore it; without it nothing is given"
-            ) from None
-
-    def write(self, given: dict[int, str]) -> None:
-        """Keep it; it is on the disk when this returns. Raises RunError if it cannot be written."""
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomic(self.path, msgspec.json.encode(dict(sorted(given.items()))), 0o600)
-            for folder in self.path.parents[1:3]:  # in which the first round makes folders
-                sync_folder(folder)
-        except OSError as error:
-            raise RunError(
-                f"the site cannot write down to which sum its update goes ({error.strerror}), and "
-                "gives it to none without that: make room there"
-            ) from error
-
-    @property
-    def _name(self) -> str:
-        return f"{FOLDER}/{self.path.parent.name}/{self.path.name}"
-
-
 class Participant:
     """One site in one run. Its methods may be called from many threads."""
 
@@ -147,12 +84,14 @@ class Participant:
         masked: Given | None = None,
         saved: Saved | None = None,
         between: Between | None = None,
+        clock: Callable[[], float] = time.monotonic,  # one for all processes of a machine
     ) -> None:
         self.name, self._key, self._given = name, key, given
         self.masked: Given = masked or InMemory()  # attempts that were charged (noised.py)
         self._saved: Saved = saved or Unsaved()
         self._between: Between = between or OneProcess()
-        self._lock = threading.Lock()
+        self._lock, self._clock = threading.Lock(), clock
+        self._until = 0.0  # of the clock: its sum is over then, whatever became of it
         self._kept: Kept | None = None
         self._member: Member | None = None
         self._about: Assignment | None = None  # what its sum is of, without `signed`
@@ -182,8 +121,8 @@ class Participant:
                 return
             kept = Kept(assignment=plain, model=digest_of(adapter), delta=delta)
             self._saved.write(kept, adapter)
-            before, self._kept = self._kept, kept
-            if before is None or (before.assignment, before.model) != (plain, kept.model):
+            self._kept = kept
+            if not self._goes_on_with(kept):
                 self._end()
                 self._between.write(None)
 
@@ -193,6 +132,18 @@ class Participant:
             self._let_go()
             self._end()
             self._between.write(None)
+
+    def expire(self) -> None:
+        """Forget the secrets of a sum that has taken longer than any may; the delta stays.
+
+        For a long-lived process: what lies between two of them goes with between.sweep. While
+        another thread is answering, nothing is done: it is tried again soon.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end_late()
+            finally:
+                self._lock.release()
 
     def answer(
         self, assignment: Assignment, request: Request, limits: Limits, vector: Vector
@@ -215,6 +166,7 @@ class Participant:
                     f"round {assignment.round}: the sum that {self.name} is in was begun with "
                     "another run, part or configuration than it is asked to go on with"
                 )
+            member.hold_to(limits)  # its owner may have changed them since the invitation
             instance = member.terms.instance
             self._require_not_given(assignment.round, given, instance)
             if member.stage == "mask" and assignment.round in given:
@@ -222,11 +174,12 @@ class Participant:
                     f"round {assignment.round}: {self.name} has masked its update in another "
                     "process, which ended before it could say so"
                 )
-            if isinstance(request, Survivors):
-                require_company(member.terms, about.part, self._rank, request.names, self.name)
+            if not isinstance(request, Adverts):
+                require_going_on(member, self._rank, request)
             contribute = functools.partial(self._vector, vector, assignment, member.terms)
             answer = member.answer(request, contribute)
-            if isinstance(request, Adverts):
+            if isinstance(request, Adverts):  # its group is known by now
+                require_going_on(member, self._rank, request)
                 self._advertised = len(request.adverts)
             if isinstance(request, Delivery):
                 self._given.write(given | {assignment.round: instance})
@@ -234,15 +187,32 @@ class Participant:
             self._put_down()
             return answer
 
+    def _goes_on_with(self, kept: Kept) -> bool:
+        """Return whether the sum under way is of this delta, or of one trained like it."""
+        try:
+            self._take_up()
+        except (ProtocolError, RunError):  # damaged: no sum goes on with it
+            return False
+        member = self._member
+        return (
+            member is not None
+            and self._about == kept.assignment
+            and member.terms.model == kept.model
+        )
+
     def _take_up(self) -> None:
-        """Go on where another process has stopped."""
+        """Go on where another process has stopped, but not with a sum that is over by now."""
         if not self._between.many:
+            self._end_late()
             return
         left, self._member = self._between.read(), None
         if left is not None:
             self._member = Member.resumed(self._key, left.member)
             self._about, self._rank = left.about, left.rank
             self._advertised, self._over = left.advertised, OrderedDict.fromkeys(left.over)
+            self._until = left.until
+            if self._end_late():
+                self._between.write(None)
 
     def _put_down(self) -> None:
         """Let another process go on from here."""
@@ -259,6 +229,7 @@ class Participant:
                 rank=self._rank,
                 advertised=self._advertised,
                 over=tuple(self._over),
+                until=self._until,
             )
         )
 
@@ -284,6 +255,7 @@ class Participant:
         self._end()
         self._kept, self._member = kept, member
         self._about, self._rank = kept.assignment, kept.delta.spec.rank
+        self._until = self._clock() + longest(kept.assignment.config)
 
     def _require_not_given(self, number: int, given: dict[int, str], instance: str = "") -> None:
         """Refuse a round that was given, but by the sum that is under way."""
@@ -293,6 +265,13 @@ class Participant:
                 f"round {number}: {self.name} has given its update to a sum already, and gives "
                 "it to no second one: the difference would show updates"
             )
+
+    def _end_late(self) -> bool:
+        """End a sum that has taken longer than any may; return whether there was one."""
+        late = self._member is not None and self._clock() > self._until
+        if late:
+            self._end()
+        return late
 
     def _let_go(self) -> None:
         self._kept = None
@@ -341,6 +320,13 @@ class Participants:
             self._keeping[run][site] = number
         for one in late:
             one.drop()
+
+    def expire(self) -> None:
+        """Let every participant drop the secrets of a sum that is over by now."""
+        with self._lock:
+            found = [one for sites in self._runs.values() for one in sites.values()]
+        for one in found:
+            one.expire()
 
     def forget(self, run: str) -> None:
         """Drop all participants of a run, and what they keep."""

@@ -2,7 +2,8 @@
 
 Its key is the one it has joined with, or that is made in its folder when Flower starts a process
 for each message (client/app.py); another site, as of a simulation, has a fresh one per process and
-run. What must outlive the process is in its folder, for a simulated site in memory:
+run. For a simulated site no time passes in a sum. What must outlive the process is in its folder,
+for a simulated site in memory:
 
     secure/given/<run>    to which sum the update of each round was given
     secure/masked/<run>   which attempts were charged (noised.py)
@@ -22,14 +23,9 @@ from anabranch.client.answers import Answers
 from anabranch.client.personal import checked_run
 from anabranch.client.site_like import NO_LIMITS
 from anabranch.client.sums.between import InMemoryFile
+from anabranch.client.sums.given import FOLDER, InFile, InMemory
 from anabranch.client.sums.kept import InAnswers
-from anabranch.client.sums.participant import (
-    FOLDER,
-    PARTICIPANTS,
-    InFile,
-    InMemory,
-    Participant,
-)
+from anabranch.client.sums.participant import PARTICIPANTS, Participant
 from anabranch.client.sums.terms import hidden, vector_of
 from anabranch.protocols import wire
 from anabranch.protocols.adapter import Adapter, Delta
@@ -103,7 +99,7 @@ class InSums(Accounted):
             own = joined(self.folder) or self.process_per_message
             key = peer_key(self.folder) if own else Ed25519PrivateKey.generate()
             if self._answers is None:
-                return Participant(self.name, key, InMemory())
+                return Participant(self.name, key, InMemory(), clock=lambda: 0.0)
             folder, file = self.folder / FOLDER, checked_run(run)
             return Participant(
                 self.name,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from anabranch.client.app import site_of
+from anabranch.client.app import begin, site_of
 from anabranch.client.flower import SiteLike, client_app
 from anabranch.protocols.errors import ConfigError
 
@@ -38,6 +38,7 @@ def gateway_or_site(context: Context) -> SiteLike:
             "this SuperNode needs one of the two: start it with --node-config "
             "'gateway=\"/path/to/the/gateway\"' or 'site=\"/path/to/the/site\"'"
         )
+    begin()
     return open_gateway(Path(folder))
 
 

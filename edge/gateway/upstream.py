@@ -26,9 +26,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.sums.between import InMemoryFile
+from anabranch.client.sums.given import FOLDER as SECURE
+from anabranch.client.sums.given import InFile
 from anabranch.client.sums.kept import InFrame
-from anabranch.client.sums.participant import FOLDER as SECURE
-from anabranch.client.sums.participant import PARTICIPANTS, InFile, Participant
+from anabranch.client.sums.participant import PARTICIPANTS, Participant
 from anabranch.client.sums.terms import hidden, vector_of
 from anabranch.edge.gateway.aggregate import require_linear
 from anabranch.edge.gateway.asking import Opener

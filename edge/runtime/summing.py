@@ -110,13 +110,16 @@ class Sum:
     def _answer(self, asked: edge_pb2.SumRequest) -> edge_pb2.StageRequest | None:
         """Return the answer; None for a sum whose secrets this process does not have."""
         request = _request(asked)
+        floors = read_device(self.home.folder).secure_aggregation  # what its owner says now
+        require_allowed(self.task, floors, self.home)
         member = self._member
         if isinstance(request, Invite) and (
             member is None or member.terms.instance != request.terms.instance
         ):
-            self._member = member = self._joined(request)
+            self._member = member = self._joined(request, floors)
         if member is None:
             return None
+        member.hold_to(_limits(floors))
         answer = member.answer(request, self._contribution)
         if request.stage == "mask":
             remember_given(self.home, self.task.run, self.task.round)
@@ -128,11 +131,9 @@ class Sum:
             said.sha256 = hashlib.sha256(answer.data).digest()
         return said
 
-    def _joined(self, invite: Invite) -> Member:
+    def _joined(self, invite: Invite, floors: SecureFloors) -> Member:
         """Return a member of the sum that the device is invited to, if it is that of its task."""
         task, terms = self.task, invite.terms
-        floors = read_device(self.home.folder).secure_aggregation
-        require_allowed(task, floors, self.home)
         require_not_given(self.home, task.run, task.round)
         values, counters = sizes(self._delta.spec, self._delta.part, by_rank=False)
         expected: dict[str, Any] = {

@@ -9,12 +9,14 @@
 
 Every answer is checked on arrival; one that is refused (ProtocolError) changes nothing. `close`
 ends a stage with those who have answered. Masked vectors are added as they come, and not kept.
-With groups each has a sum of its own, and one that is lost leaves the others as they are.
+With groups each has a sum of its own, and one that is lost leaves the others as they are. After
+`share` and `mask` a sum is lost, too, if `few` says why those who are left would refuse it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,9 +79,11 @@ class Aggregation:
 
     terms: Terms
     roster: Roster
+    few: Callable[[tuple[str, ...], Group], str] = lambda names, group: ""  # why no sum is theirs
     stage: Stage | str = field(default="advertise", init=False)  # or "done", "aborted"
     reason: str = field(default="", init=False)  # why it was aborted
     dropped: dict[str, Stage] = field(default_factory=dict, init=False)  # who was lost, and where
+    accused: dict[str, set[str]] = field(default_factory=dict, init=False)  # of bad boxes, by whom
     sums: tuple[GroupSum, ...] = field(default=(), init=False)
     _digest: str = field(default="", init=False)
     _identities: dict[str, str] = field(default_factory=dict, init=False)
@@ -91,7 +95,7 @@ class Aggregation:
     _masked: set[str] = field(default_factory=set, init=False)
     _signed: dict[str, str] = field(default_factory=dict, init=False)
     _revealed: dict[str, Reveal] = field(default_factory=dict, init=False)
-    _wrong: set[str] = field(default_factory=set, init=False)  # whose shares did not fit
+    _wrong: Counter[str] = field(default_factory=Counter, init=False)  # whose shares did not fit
 
     def __post_init__(self) -> None:
         if self.terms.roster != self.roster.digest:
@@ -160,6 +164,18 @@ class Aggregation:
             case Reveal():
                 self._take_reveal(name, reply)
 
+    def accuse(self, name: str, senders: Sequence[str]) -> tuple[str, ...]:
+        """Note whose boxes a member says it cannot open; return who of them sent it a box.
+
+        It is told and nothing follows from it: who accuses may lie.
+        """
+        if not senders or self.stage != "mask" or name not in self.waiting():
+            return ()
+        bad = tuple(sorted(self._delivery(name).sealed.keys() & set(senders)))
+        for sender in bad:
+            self.accused.setdefault(sender, set()).add(name)
+        return bad
+
     def close(self) -> None:
         """End the present stage with those who have answered."""
         if self.stage not in STAGES:
@@ -189,12 +205,14 @@ class Aggregation:
         for part in self._parts:
             part.shared = tuple(name for name in here if name in part.group.peers)
             self._require(part, len(part.shared), "shared their secrets")
+            part.lost = part.lost or self.few(part.shared, part.group)
         self._go("mask", here)
 
     def _close_mask(self, here: tuple[str, ...]) -> None:
         for part in self._parts:
             part.survivors = tuple(name for name in here if name in part.group.peers)
             self._require(part, len(part.survivors), "sent masked updates")
+            part.lost = part.lost or self.few(part.survivors, part.group)
         self._go("agree", here)
 
     def _close_agree(self, here: tuple[str, ...]) -> None:
@@ -321,8 +339,7 @@ class Aggregation:
     ) -> bytes:
         """Return the member's secret whose `image` is the expected one, from revealed shares.
 
-        Wrong shares are found by leaving some out while there are more than the threshold. Who
-        revealed one is asked last from then on: the search is made once for each.
+        Shares of those who revealed wrong ones before are tried last, the oftener the later.
         """
         shares: dict[int, bytes] = {}
         holders = group.holders(name)
@@ -337,12 +354,12 @@ class Aggregation:
             raise ProtocolError(
                 f"{len(shares)} shares of {name}'s secret were revealed, {threshold} are needed"
             )
-        order = sorted(shares, key=lambda index: (holders[index] in self._wrong, index))
+        order = sorted(shares, key=lambda index: (self._wrong[holders[index]], index))
         found = recover(shares, order, threshold, lambda secret: image(secret) == expected)
         if found is None:
             raise ProtocolError(f"the shares of {name}'s secret do not fit together")
         secret, wrong = found
-        self._wrong |= {holders[index] for index in wrong}
+        self._wrong.update(holders[index] for index in wrong)
         return secret
 
     def _answered(self) -> Mapping[str, object]:

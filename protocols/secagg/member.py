@@ -3,12 +3,13 @@
     stage      request     what is checked before it is answered
     advertise  Invite      on the roster, terms above the member's own floors
     share      Adverts     every signature, enough members, its own advert among them
-    mask       Delivery    every box opens, enough holders are there
+    mask       Delivery    every box opens (BadBoxes says whose do not), enough holders are there
     agree      Survivors   itself among them, none whose shares it does not hold, enough of them
     reveal     Agreement   so many signed the same set that no other one can be agreed on
 
-A request is answered once; the same request again gets the same answer, byte for byte. Everything
-else is refused with a ProtocolError (below the member's floors: PolicyError), and changes nothing.
+A request is answered once; the same request again gets the same answer, byte for byte, unless the
+member was paused and resumed since: then it is refused. So is everything else, with a ProtocolError
+(below the member's floors: PolicyError), and nothing is changed.
 
 Of every peer a member reveals one share of one secret, by its own reckoning: the seed of who is in
 the survivor set that it signed, the masking key of who is not. There are no two lists that could
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -27,7 +29,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from anabranch.protocols.errors import ConfigError, PolicyError, ProtocolError
+from anabranch.protocols.errors import BadBoxes, ConfigError, PolicyError, ProtocolError
 from anabranch.protocols.secagg import keys
 from anabranch.protocols.secagg.floors import NO_LIMITS, require_floors, require_invited
 from anabranch.protocols.secagg.floors import Limits as Limits
@@ -170,6 +172,16 @@ class Member:
         """Return the stage whose request is answered next, or "done"."""
         return self._next or "done"
 
+    def hold_to(self, limits: Limits) -> None:
+        """Keep to these floors from now on. Raises PolicyError if the terms are below them."""
+        require_floors(limits, self._invite)
+        self._limits = limits
+
+    @property
+    def group(self) -> Group:
+        """Return who is in one sum with it; ProtocolError before it was shown all adverts."""
+        return self._planned.group_of(self.name)
+
     def answer(self, request: Request, contribute: Contribute | None = None) -> Answer:
         """Return the answer to a request; `contribute` gives the ring vector for the mask stage.
 
@@ -244,7 +256,7 @@ class Member:
         self._require_instance(request.instance)
         if contribute is None:
             raise ValueError("the mask stage needs `contribute`")
-        own, plan, group = self._own, self._planned, self._group
+        own, plan, group = self._own, self._planned, self.group
         strangers = sorted(set(request.sealed) - set(group.peers[self.name]))
         if strangers:
             raise ProtocolError(f"delivery: {shown(strangers[0])} is no neighbour of {self.name}")
@@ -254,13 +266,27 @@ class Member:
                 f"delivery: {here} of {group.shape.holders} members around {self.name} have "
                 f"shared, and {threshold} are needed"
             )
-        held, sealing = {}, keys.loaded(own.sealing)
-        for sender, box in request.sealed.items():
-            public = bytes.fromhex(plan.adverts[sender].sealing)
-            held[sender] = keys.unseal(sealing, public, plan.context, sender, self.name, box)
+        held = self._opened(request)
         vector = self._masked(contribute, request.sealed)
         own.held |= held
         return Answer(Masked(instance=self.terms.instance), plan.ring.pack(vector))
+
+    def _opened(self, request: Delivery) -> dict[str, tuple[bytes, bytes]]:
+        """Return what the boxes hold. Raises BadBoxes, naming all that do not open."""
+        plan, held, sealing = self._planned, {}, keys.loaded(self._own.sealing)
+        for sender, box in request.sealed.items():
+            public = bytes.fromhex(plan.adverts[sender].sealing)
+            with suppress(ProtocolError):
+                held[sender] = keys.unseal(sealing, public, plan.context, sender, self.name, box)
+        bad = tuple(sorted(request.sealed.keys() - held.keys()))
+        if bad:
+            names = f"{', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}"
+            raise BadBoxes(
+                f"delivery: share of {names}: not sealed by it for this member and this sum, so "
+                "the update is not masked",
+                bad,
+            )
+        return held
 
     def _masked(self, contribute: Contribute, peers: dict[str, bytes]) -> NDArray[Any]:
         """Return x_u + PRG(b_u) + Σ ± PRG(k_uv), v the peers that have shared."""
@@ -289,7 +315,7 @@ class Member:
 
     def _agree(self, request: Survivors) -> Answer:
         self._require_instance(request.instance)
-        own, group, names = self._own, self._group, set(request.names)
+        own, group, names = self._own, self.group, set(request.names)
         if self.name not in names:
             raise ProtocolError(f"survivors: {self.name} is not among them, and its update is")
         strangers = sorted(names - set(group.names))
@@ -315,7 +341,7 @@ class Member:
 
     def _reveal(self, request: Agreement) -> Answer:
         self._require_instance(request.instance)
-        own, group, survivors = self._own, self._group, set(self._survivors)
+        own, group, survivors = self._own, self.group, set(self._survivors)
         signed = survivor_bytes(self._planned.context, self._survivors)
         signers = survivors & request.signatures.keys()
         if len(signers) < group.needed:
@@ -359,7 +385,3 @@ class Member:
         if self._plan is None:
             raise ProtocolError("no adverts yet")
         return self._plan
-
-    @property
-    def _group(self) -> Group:
-        return self._planned.group_of(self.name)

@@ -81,7 +81,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     roster: Hex  # Roster.digest
     members: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_MEMBERS)]  # ascending
     minimum: Annotated[int, msgspec.Meta(ge=2)]  # updates in a sum that is opened, at least
-    threshold: Fraction  # share of a complete graph's members that must stay: t = ⌊share n⌋ + 1
+    threshold: Fraction  # more than this share of a complete graph's members must stay (graph.py)
     colluding: Share  # share of the members that may tell the coordinator all they know
     ring: RingBits
     limit: Positive  # every value of an update lies in [−limit, limit]

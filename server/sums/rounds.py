@@ -22,12 +22,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 from flwr.app import RecordDict
 
 from anabranch.client.sums.stages import STAGE_TYPES, pack_request, unpack_reply
+from anabranch.client.sums.terms import few_trained
 from anabranch.protocols.adapter import Adapter, Delta
 from anabranch.protocols.errors import ProtocolError, RunError
 from anabranch.protocols.messages import Refused, Trained
@@ -42,7 +44,13 @@ from anabranch.server.desk import answers
 from anabranch.server.exchange import Exchange
 from anabranch.server.flower import Failure, Peer, Question, refusal
 from anabranch.server.shortfall import lines
-from anabranch.server.sums.terms import part_of, require_possible, roster_of, terms_of
+from anabranch.server.sums.terms import (
+    FewTrained,
+    part_of,
+    require_possible,
+    roster_of,
+    terms_of,
+)
 
 ATTEMPTS = 3  # to sum one round
 LASTING = frozenset({"config", "data", "model", "privacy", "policy", "roster"})  # reasons that stay
@@ -103,7 +111,12 @@ class SecureSums:
         attempts: list[_Under] = []
         members = sorted(question.reports)
         while True:
-            under = self._tried(question, adapter, members, len(attempts) + 1, masking)
+            try:
+                under = self._tried(question, adapter, members, len(attempts) + 1, masking)
+            except FewTrained:
+                if not attempts:
+                    raise
+                break  # the last attempt says the same, and who was lost
             attempts.append(under)
             if "mask" in under.seconds or len(attempts) == ATTEMPTS:
                 break
@@ -143,7 +156,8 @@ class SecureSums:
             ring=terms.ring,
             values=terms.values,
         )
-        under = _Under(question, Aggregation(terms, roster), attempt)
+        few = partial(few_trained, terms, adapter.spec.rank)  # as every member asks, and refuses
+        under = _Under(question, Aggregation(terms, roster, few), attempt)
         while under.aggregation.stage in STAGES:
             stage = under.aggregation.stage
             if stage == "mask":
@@ -206,6 +220,7 @@ class SecureSums:
             survivors=sorted(name for one in aggregation.sums for name in one.members),
             groups=[list(one.members) for one in aggregation.sums],
             dropped=dropped,
+            accused={name: sorted(by) for name, by in sorted(aggregation.accused.items())},
             bytes_up=under.bytes_up,
             bytes_down=under.bytes_down,
             seconds=sum(under.seconds.values()),
@@ -290,7 +305,7 @@ def taken(
     try:
         got = unpack_reply(answer, stage)
         if isinstance(got, Refused):
-            return refusal(got)
+            return replace(refusal(got), accused=aggregation.accuse(peer.name, got.accused))
         aggregation.take(peer.name, got.reply, got.data)
     except ProtocolError as error:
         return Failure("rejected", str(error))

@@ -14,7 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.sums.participant import InMemory, Participant
+from anabranch.client.sums.given import InMemory
+from anabranch.client.sums.participant import Participant
 from anabranch.client.sums.terms import digest_of, vector_of
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import ProtocolError

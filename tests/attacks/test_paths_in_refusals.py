@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from anabranch.client.answers import Answers
+from anabranch.client.sums.given import InFile
 from anabranch.client.sums.kept import InAnswers
-from anabranch.client.sums.participant import InFile
 from anabranch.protocols.errors import RunError
 
 

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.sums.participant import InFile, Participant
+from anabranch.client.sums.given import InFile
+from anabranch.client.sums.participant import Participant
 from anabranch.client.sums.terms import digest_of, vector_of
 from anabranch.protocols.adapter import Adapter
 from anabranch.protocols.errors import ProtocolError

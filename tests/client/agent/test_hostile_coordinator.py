@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.run_pb2 import GetRunResponse, Run
 
+from anabranch.client.agent import agent as agents
 from anabranch.client.agent.agent import NODE, OWN_TROUBLE, Agent
 from anabranch.client.agent.door import Door
 from anabranch.client.agent.identity import Identity
@@ -21,6 +23,7 @@ from anabranch.client.agent.work import Doing
 from anabranch.client.fleet import Fleet, Refused, Unreachable
 from anabranch.client.policy.journal import LINES
 from anabranch.client.policy.rules import NotAllowed
+from anabranch.client.sums.participant import PARTICIPANTS
 from anabranch.protocols.errors import ConfigError
 from anabranch.protocols.identity.join import Report, decode, encode
 from tests.client.agent.doors import Coordinator
@@ -125,6 +128,31 @@ def test_a_node_that_cannot_be_read_is_asked_for_anew(
 
     assert asked == [0]
     assert (site / NODE).read_text() == "7"
+
+
+def test_secrets_of_sums_that_are_over_go_whatever_the_coordinator_does(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops in the middle of one; the agent idles, cannot connect, or trains."""
+    agent = Agent(site)
+    monkeypatch.setattr(PARTICIPANTS, "expire", agent.stop.set)
+
+    agent.serve()
+
+    assert agent.stop.is_set()
+
+
+def test_the_process_of_a_site_cannot_be_dumped(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(agents, "forbid_dumps", lambda: done.append("dumps"))
+    monkeypatch.setattr(Agent, "serve", lambda self: done.append("serve"))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    agents.serve(site)
+
+    assert done == ["dumps", "serve"]
 
 
 def test_what_was_learned_from_records_is_for_the_owner_alone(site: Path) -> None:

@@ -14,6 +14,7 @@ def values(text: str) -> dict[str, str]:
 def test_a_unit_is_hardened_and_restarts() -> None:
     found = values(unit(Path("/srv/site"), name="a", federation="b", writable=[Path("/state")]))
     assert found["NoNewPrivileges"] == "yes"
+    assert (found["LimitCORE"], found["MemorySwapMax"]) == ("0", "0")  # it has secrets in memory
     assert found["ProtectSystem"] == "strict"
     assert found["PrivateTmp"] == "yes"
     assert found["Restart"] == "always"

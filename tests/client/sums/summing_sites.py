@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import NO_LIMITS
-from anabranch.client.sums.participant import InMemory, Participant
+from anabranch.client.sums.between import InMemoryFile
+from anabranch.client.sums.given import InFile, InMemory
+from anabranch.client.sums.kept import InFrame
+from anabranch.client.sums.participant import Participant
 from anabranch.client.sums.terms import vector_of
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.messages import Assignment
@@ -22,14 +27,22 @@ NAMES = ("aarhus", "bergen", "cork", "delft")
 RUN = secured(config())
 ASSIGNMENT = Assignment(run="toy-1", round=1, config=RUN)
 MODEL = adapter(0.5)
+VALUES = {name: 0.25 * i for i, name in enumerate(NAMES)}  # what each of them has learned
+
+Clock = Callable[[], float]
 
 
 def a_delta(value: float = 0.5, num_examples: int = 10) -> Delta:
     return Delta(SPEC, adapter(value).arrays, num_examples, steps=3)
 
 
-def participants(opened: Callable[[], Any] = InMemory) -> dict[str, Participant]:
-    return {name: Participant(name, Ed25519PrivateKey.generate(), opened()) for name in NAMES}
+def participants(
+    opened: Callable[[], Any] = InMemory, clock: Clock = time.monotonic
+) -> dict[str, Participant]:
+    return {
+        name: Participant(name, Ed25519PrivateKey.generate(), opened(), clock=clock)
+        for name in NAMES
+    }
 
 
 def terms_of(members: dict[str, Participant], instance: str = "ab" * 32, **changes: Any) -> Invite:
@@ -45,8 +58,45 @@ def summed_up(members: dict[str, Participant], invite: Invite, until: str = "don
     return carried(invite, answer, until)
 
 
-def kept(opened: Callable[[], Any] = InMemory) -> dict[str, Participant]:
-    members = participants(opened)
-    for i, one in enumerate(members.values()):
-        one.keep(ASSIGNMENT, MODEL, a_delta(0.25 * i))
+def kept(
+    opened: Callable[[], Any] = InMemory, clock: Clock = time.monotonic
+) -> dict[str, Participant]:
+    members = participants(opened, clock)
+    for name, one in members.items():
+        one.keep(ASSIGNMENT, MODEL, a_delta(VALUES[name]))
     return members
+
+
+class Sites:
+    """The members, each in a process of its own that ends with every message.
+
+    What one process leaves to the next lies in `memory`, or in a folder beside the sites'.
+    """
+
+    def __init__(
+        self, folder: Path, memory: Path | None = None, clock: Clock = time.monotonic
+    ) -> None:
+        self.folder, self.memory, self.clock = folder, memory or folder / "memory", clock
+        self.keys = {name: Ed25519PrivateKey.generate() for name in NAMES}
+        for name, value in VALUES.items():
+            self.process(name).keep(ASSIGNMENT, MODEL, a_delta(value))
+
+    def file(self, name: str) -> Path:
+        return self.memory / name
+
+    def process(self, name: str) -> Participant:
+        at = self.folder / name
+        return Participant(
+            name,
+            self.keys[name],
+            InFile(at / "given" / "toy-1"),
+            saved=InFrame(at / "kept" / "toy-1"),
+            between=InMemoryFile(self.file(name)),
+            clock=self.clock,
+        )
+
+    def invite(self, instance: str = "ab" * 32) -> Invite:
+        return invite_of(ASSIGNMENT, {n: self.process(n) for n in NAMES}, MODEL, instance)
+
+    def answer(self, name: str, request: Request) -> Answer:
+        return self.process(name).answer(ASSIGNMENT, request, NO_LIMITS, vector_of)

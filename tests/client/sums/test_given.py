@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.client.sums import participant
-from anabranch.client.sums.participant import InFile
+from anabranch.client.sums import given
+from anabranch.client.sums.given import InFile
 from anabranch.storage import files
 
 
@@ -17,7 +17,7 @@ def test_every_folder_above_what_is_given_is_on_the_disk(
     """A file is there if all folders above it are: the first round makes two of them."""
     synced: list[Path] = []
     monkeypatch.setattr(files, "sync_folder", synced.append)
-    monkeypatch.setattr(participant, "sync_folder", synced.append)
+    monkeypatch.setattr(given, "sync_folder", synced.append)
 
     InFile(tmp_path / "secure" / "given" / "toy-1").write({1: "ab" * 32})
 

@@ -11,8 +11,8 @@ import pytest
 from anabranch.client.ledger import Ledger
 from anabranch.client.privacy import epsilon_of
 from anabranch.client.site_file import Budget
+from anabranch.client.sums.given import InMemory
 from anabranch.client.sums.noised import NoisedSum, charged, noised_sum
-from anabranch.client.sums.participant import InMemory
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError, ProtocolError

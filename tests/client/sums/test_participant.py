@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import NO_LIMITS
 from anabranch.client.site import Site
-from anabranch.client.sums.participant import InFile, InMemory, Participant, Participants
+from anabranch.client.sums.given import InFile, InMemory
+from anabranch.client.sums.participant import Participant, Participants
 from anabranch.client.sums.stages import (
     pack_reply,
     pack_request,

@@ -13,52 +13,25 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from anabranch.client.flower import NO_LIMITS
 from anabranch.client.sums import between
 from anabranch.client.sums.between import InMemoryFile, Left
-from anabranch.client.sums.kept import InFrame
-from anabranch.client.sums.participant import InFile, Participant
-from anabranch.client.sums.terms import vector_of
 from anabranch.protocols.errors import ConfigError, ProtocolError, RunError
 from anabranch.protocols.part import Part
 from anabranch.protocols.secagg import contribution
 from anabranch.protocols.secagg.coordinator import Aggregation
 from anabranch.protocols.secagg.member import Answer
-from anabranch.protocols.secagg.messages import Invite, Request
-from tests.client.sums.summing_sites import ASSIGNMENT, MODEL, NAMES, RUN, a_delta
-from tests.secure_cases import carried, invite_of
-from tests.simulations.rig import SPEC
-
-VALUES = {name: 0.25 * i for i, name in enumerate(NAMES)}
-
-
-class Sites:
-    """The members, each in a process of its own that ends with every message."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.keys = {name: Ed25519PrivateKey.generate() for name in NAMES}
-        for name, value in VALUES.items():
-            self.process(name).keep(ASSIGNMENT, MODEL, a_delta(value))
-
-    def file(self, name: str) -> Path:
-        return self.folder / "memory" / name
-
-    def process(self, name: str) -> Participant:
-        at = self.folder / name
-        return Participant(
-            name,
-            self.keys[name],
-            InFile(at / "given" / "toy-1"),
-            saved=InFrame(at / "kept" / "toy-1"),
-            between=InMemoryFile(self.file(name)),
-        )
-
-    def invite(self, instance: str = "ab" * 32) -> Invite:
-        return invite_of(ASSIGNMENT, {n: self.process(n) for n in NAMES}, MODEL, instance)
-
-    def answer(self, name: str, request: Request) -> Answer:
-        return self.process(name).answer(ASSIGNMENT, request, NO_LIMITS, vector_of)
+from anabranch.protocols.secagg.messages import Request
+from tests.client.sums.summing_sites import (
+    ASSIGNMENT,
+    MODEL,
+    NAMES,
+    RUN,
+    VALUES,
+    Sites,
+    a_delta,
+)
+from tests.secure_cases import carried
+from tests.simulations.rig import SPEC, adapter
 
 
 @pytest.fixture
@@ -151,6 +124,45 @@ def test_an_attempt_that_was_given_up_stays_so(sites: Sites) -> None:
 
     with pytest.raises(ProtocolError, match="given up for a newer one"):
         sites.answer(NAMES[0], sites.invite("ab" * 32))
+
+
+@pytest.mark.parametrize("stage", ["share", "mask"])
+def test_the_same_delta_kept_again_changes_nothing(sites: Sites, stage: str) -> None:
+    """As when a `train` is asked again that was answered before: the answer comes from its file."""
+    aggregation = carried(sites.invite(), sites.answer, stage)
+    name = NAMES[1]
+    before = sites.file(name).read_bytes()
+
+    sites.process(name).keep(ASSIGNMENT, MODEL, a_delta(VALUES[name]))
+
+    assert sites.file(name).read_bytes() == before
+    while aggregation.stage not in ("done", "aborted"):
+        for one, request in aggregation.requests().items():
+            answer = sites.answer(one, request)
+            aggregation.take(one, answer.reply, answer.data)
+        aggregation.close()
+    require_mean(aggregation, NAMES)
+
+
+def test_a_delta_of_another_model_ends_the_sum(sites: Sites) -> None:
+    aggregation = carried(sites.invite(), sites.answer, "mask")
+    name, request = next(iter(aggregation.requests().items()))
+
+    sites.process(name).keep(ASSIGNMENT, adapter(0.75), a_delta(7.0))
+
+    assert not sites.file(name).exists()
+    with pytest.raises(ProtocolError, match="is in no secure sum of it"):
+        sites.answer(name, request)
+
+
+def test_what_is_damaged_keeps_no_delta_from_being_kept(sites: Sites) -> None:
+    carried(sites.invite(), sites.answer, "mask")
+    sites.file(NAMES[0]).write_bytes(b"{")
+
+    sites.process(NAMES[0]).keep(ASSIGNMENT, MODEL, a_delta(0.0))
+
+    assert not sites.file(NAMES[0]).exists()
+    require_mean(carried(sites.invite("cd" * 32), sites.answer), NAMES)
 
 
 def test_a_round_that_is_trained_meanwhile_ends_the_sum(sites: Sites) -> None:
@@ -253,21 +265,94 @@ def test_a_link_in_its_place_is_refused(tmp_path: Path) -> None:
         between.own_folder(tmp_path)
 
 
-def test_what_a_sum_left_a_day_ago_is_removed(tmp_path: Path) -> None:
-    folder = between.own_folder(tmp_path)
-    old = between.STALE_S + 60
-    for name, age in (("old", old), (".old.partial", old), ("new", 60.0), (".old.lock", old)):
-        (folder / name).write_bytes(b"{}")
-        os.utime(folder / name, (time.time() - age,) * 2)
+def test_what_a_sum_left_goes_when_it_is_over(tmp_path: Path) -> None:
+    """Whoever's it is; what cannot be read is being written, or was by a process that is gone."""
+    folder, now = between.own_folder(tmp_path), time.monotonic()
+    (folder / "over").write_text(f'{{"seed": "s", "until": {now - 1}}}')
+    (folder / ".over.x.partial").write_text(f'{{"seed": "s", "until": {now - 1}}}')
+    (folder / "runs").write_text(f'{{"seed": "s", "until": {now + 600}}}')
+    old = time.time() - between.TORN_S - 60
+    for name in ("torn", ".torn.x.partial", ".old.lock"):
+        (folder / name).write_text('{"seed": "s", ')
+        os.utime(folder / name, (old, old))
+    (folder / "written").write_text('{"seed": "s", ')
 
     between.own_folder(tmp_path)
 
-    assert {file.name for file in folder.iterdir()} == {"new", ".old.lock"}  # it may be held
+    left = {file.name for file in folder.iterdir()} - {".over.lock", ".torn.lock"}
+    assert left == {"runs", "written", ".old.lock"}
+
+
+def test_what_is_over_stays_while_a_process_answers_a_stage_of_it(tmp_path: Path) -> None:
+    """It may be about to put a new sum there; and nobody waits for it."""
+    file = InMemoryFile(between.own_folder(tmp_path) / "over")
+    file.path.write_text(f'{{"until": {time.monotonic() - 1}}}')
+
+    with file.alone():
+        between.own_folder(tmp_path)
+        assert file.path.exists()
+    between.own_folder(tmp_path)
+    assert not file.path.exists()
+
+
+def test_a_sum_that_was_put_in_the_place_of_one_that_is_over_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process wrote it after this one had looked, and before this one had the lock."""
+    file, over = between.own_folder(tmp_path) / "sum", between._over
+    file.write_text(f'{{"until": {time.monotonic() - 1}}}')
+
+    def looked(path: Path) -> bool:
+        monkeypatch.setattr(between, "_over", over)
+        found = over(path)
+        path.write_text(f'{{"until": {time.monotonic() + 600}}}')
+        return found
+
+    monkeypatch.setattr(between, "_over", looked)
+    between.own_folder(tmp_path)
+
+    assert file.exists()
+
+
+def test_sums_that_are_over_go_from_every_folder_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the shared one is from a process without $XDG_RUNTIME_DIR."""
+    user, shared = tmp_path / "user", tmp_path / "shared"
+    user.mkdir()
+    shared.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(user))
+    monkeypatch.setattr(between, "SHARED", shared)
+    folders = between.memories(mounts(tmp_path, "tmpfs"))
+    assert folders == (user, shared)
+    files = [between.own_folder(folder) / "over" for folder in folders]
+    for file in files:
+        file.write_text(f'{{"until": {time.monotonic() - 1}}}')
+    monkeypatch.setattr(between, "memories", lambda: folders)
+
+    between.sweep()
+
+    assert [file.exists() for file in files] == [False, False]
+
+
+def test_a_folder_that_is_refused_keeps_no_other_from_being_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_to_all, own = tmp_path / "a", tmp_path / "b"
+    for folder in (open_to_all, own):
+        folder.mkdir()
+        (between.own_folder(folder) / "over").write_text(f'{{"until": {time.monotonic() - 1}}}')
+    between._folder_in(open_to_all).chmod(0o755)
+    monkeypatch.setattr(between, "memories", lambda: (open_to_all, own))
+
+    between.sweep()
+
+    assert not (between._folder_in(own) / "over").exists()
 
 
 def test_a_file_that_another_process_has_just_put_in_its_place_is_no_error(tmp_path: Path) -> None:
     """Two nodes of one user share the folder: what was listed may be gone when it is looked at."""
-    assert not between._stale(between.own_folder(tmp_path) / ".gone.partial")
+    assert not between._over(between.own_folder(tmp_path) / ".gone.partial")
 
 
 def test_two_places_have_two_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from anabranch.client.flower import NO_LIMITS
 from anabranch.client.models import Models
 from anabranch.client.site import Site
-from anabranch.client.sums.participant import PARTICIPANTS, InFile, InMemory, Participant
+from anabranch.client.sums.given import InFile, InMemory
+from anabranch.client.sums.participant import PARTICIPANTS, Participant
 from anabranch.client.sums.terms import summed, vector_of
 from anabranch.protocols.adapter import Delta
 from anabranch.protocols.errors import ProtocolError, RunError

@@ -377,3 +377,23 @@ def test_the_owners_floors_stand_above_the_gateways_terms(phones: Made, adapter:
     plain = edge_pb2.Task(id="t")
     with pytest.raises(PolicyError, match="asks for the delta itself"):
         require_allowed(plain, floors, phone.home)
+
+
+@pytest.mark.parametrize("floor", ["minimum = 20", "threshold = 0.9", "colluding = 0.3"])
+def test_floors_that_are_raised_in_the_middle_of_a_sum_count(
+    phones: Made, adapter: Adapter, floor: str
+) -> None:
+    gateway, devices = phones(3)
+    trained(gateway, adapter, devices)
+    until_over(devices, gateway, until("mask", devices))
+    for _ in range(3):
+        gateway.closer.due()
+    for phone in devices:
+        (phone.home.folder / DEVICE_FILE).write_text(f"[secure_aggregation]\n{floor}\n")
+
+        with pytest.raises(PolicyError, match=r"of device\.toml asks for"):
+            phone.step()
+
+        assert phone.sum is not None
+        assert phone.sum._member is not None
+        assert phone.sum._member.stage == "mask"  # still: nothing was answered

@@ -11,7 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from anabranch.client.flower import SummingSite
-from anabranch.client.sums.participant import InMemory, Participant
+from anabranch.client.sums.given import InMemory
+from anabranch.client.sums.participant import Participant
 from anabranch.client.sums.terms import vector_of
 from anabranch.edge.gateway.aggregate import require_linear
 from anabranch.edge.gateway.upstream import GatewaySite

@@ -55,6 +55,72 @@ def test_sites_that_were_started_anew_are_in_the_next_attempt() -> None:
     assert result.bytes_up == sum(row.bytes_up for row in result.sites.values())
 
 
+class Idle(SummingToy):
+    """A toy that does not train."""
+
+    def train(self, assignment: Any, before: Any) -> Any:
+        raise RuntimeError("the disk is full")
+
+
+def low_and_high(*lost: str, at: str = "share") -> list[SummingToy]:
+    """Return ten toys, three of which have a low rank, and three do not train.
+
+    `lost` are started anew once, when they are asked `at`.
+    """
+    sites: list[SummingToy] = []
+    for i in range(10):
+        site = (Idle if i > 6 else SummingToy)(f"site-{i}", 10)
+        if site.name in lost:
+            site = Restarted(site.name, 10)
+            site.at = at
+        site.max_rank = 1 if i < 3 else None
+        sites.append(site)
+    return sites
+
+
+MIXED = secured(
+    config(rounds=1, method="ffa", mixed_ranks=True, client_evaluation=False), minimum=3
+)
+
+
+def test_a_rank_that_too_few_are_left_of_before_anybody_masks_is_tried_again() -> None:
+    """Five are enough for a sum, but two of these trained a rank that three must have trained."""
+    sites = low_and_high("site-5", "site-6")
+    federation = Federation(sites, run=MIXED)
+
+    result = federation.run()
+
+    first, second = federation.events.of("secure_sum")
+    assert "2 members trained rank" in first["reason"]
+    assert first["dropped"] == {"share": ["site-5", "site-6"]}
+    assert (first["opened"], second["opened"]) == (False, True)
+    assert sorted(result.history[0].trained) == [f"site-{i}" for i in range(7)]
+    assert [site.asked.count("mask") for site in sites[:7]] == [1] * 7  # none in the first attempt
+
+
+def test_a_rank_that_too_few_are_left_of_in_every_attempt_is_said_with_who_was_lost() -> None:
+    federation = Federation(
+        low_and_high(), run=MIXED, delays=dict.fromkeys(["site-5", "site-6"], NEVER),
+        slow="query.share",
+    )  # fmt: skip
+
+    text = r"in 2 attempts: 2 members trained rank \d, 3 are needed(.|\n)*site-5: lost at 'share'"
+    with pytest.raises(RunError, match=text):
+        federation.run()
+
+    assert not any("mask" in one["stage_seconds"] for one in federation.events.of("secure_sum"))
+
+
+def test_a_rank_that_too_few_who_mask_are_left_of_ends_the_sum_at_once() -> None:
+    sites = low_and_high("site-5", "site-6", at="mask")
+    federation = Federation(sites, run=MIXED)
+
+    with pytest.raises(RunError, match=r"not opened: 2 members trained rank \d, 3 are needed"):
+        federation.run()
+
+    assert not any("agree" in site.asked for site in sites)
+
+
 def test_who_was_lost_twice_is_not_asked_a_third_time() -> None:
     federation = Federation(
         toys(MANY),
