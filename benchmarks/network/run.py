@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
 
+from anabranch.storage.dumps import DUMPABLE
 from benchmarks.harness import Figure, header, options, report
 from benchmarks.network import intruders, joining, overhead, survival
 from benchmarks.network.federation import federation, scratch
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = options(__doc__, argv)
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ[DUMPABLE] = "1"  # else only root may count a site's open files (survival.py)
     with scratch() as folder:
         found = _quick(folder, QUICK) if chosen.quick else _full(folder, FULL)
     head = header("network", packages=PACKAGES, threads=THREADS, seed=SEED, quick=chosen.quick)
