@@ -38,7 +38,7 @@ DEVICE = """
 import sys
 from anabranch.cli.main import run
 code = run(sys.argv[1:])
-assert "torch" not in sys.modules
+assert "torch" not in sys.modules, (sys.modules["torch"], sys.path)
 sys.exit(code)
 """
 TEXTS = [("acute fracture of femur", "bone"), ("chronic heart failure", "heart")] * 6
