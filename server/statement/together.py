@@ -42,7 +42,7 @@ def against(together: Together) -> str:
     """Return whom it protects against, and on which condition."""
     return (
         "against the coordinator, any c = "
-        f"⌊{together.colluding:.4g}·n⌋ of the n members of a sum that tell it all they know, and "
+        f"⌊{together.colluding:.4g}·M⌋ of the M invited to a sum that tell it all they know, and "
         "everyone who sees what it publishes"
     )
 
@@ -52,15 +52,15 @@ def how(together: Together) -> str:
     noise = together.noise
     return (
         "Mechanism: secure aggregation. The coordinator sees sums of updates alone, on a grid of "
-        f"step {noise.step:.4g}; a sum is opened when t of its n members are in it, t the larger "
-        f"of ⌊{together.threshold:.4g}·n⌋ + 1 and {together.minimum}. Each member adds Skellam "
-        f"noise of variance V / h before it masks, with h = t − c, V = (σ·D2)², σ = "
-        f"{noise.noise_multiplier:.4f}, and D2 = {noise.sensitivities.l2:.1f} steps the "
-        "sensitivity, rounding included. So the honest members of every opened sum have made "
-        "noise of variance V or more, and each further one that is in it adds to that. In sums of "
-        "more than 128 members h is less: the honest members that a coordinator which lies about "
-        "who is there could leave. Accountant: Rényi divergences "
-        f"(Agarwal, Kairouz, Liu 2021), T = {noise.rounds} rounds."
+        f"step {noise.step:.4g}; a sum of n members whose keys arrived is opened when t of them "
+        f"are in it, t the largest of ⌊{together.threshold:.4g}·n⌋ + 1, ⌊(n + c)/2⌋ + 1 and "
+        f"{together.minimum}. Each member adds Skellam noise of variance V / a before it masks, "
+        f"with a = t − c, V = (σ·D2)², σ = {noise.noise_multiplier:.4f}, and D2 = "
+        f"{noise.sensitivities.l2:.1f} steps the sensitivity, rounding included. So the honest "
+        "members of every opened sum have made noise of variance V or more, and each further one "
+        "that is in it adds to that. In sums of more than 128 members a is less: the honest "
+        "members that a coordinator which lies about who is there could leave. Accountant: Rényi "
+        f"divergences (Agarwal, Kairouz, Liu 2021), T = {noise.rounds} rounds."
     )
 
 

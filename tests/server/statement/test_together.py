@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from anabranch.client.privacy import epsilon_of
 from anabranch.protocols.config import RunConfig
 from anabranch.protocols.errors import PrivacyError
+from anabranch.protocols.secagg.noise import honest_members
+from anabranch.protocols.tables import SecureAggregation
 from anabranch.server.aggregation.choose import rule_for
 from anabranch.server.card import privacy_section
 from anabranch.server.client_privacy import LEAST_POPULATION, plan_of, summed_noise
@@ -60,13 +63,23 @@ def test_the_record_level_in_words() -> None:
     told = paragraphs(of_records())
     text = "\n".join(told)
     assert told[0].startswith("Record level: one record of a site. For every honest site k")
-    assert "against the coordinator, any c = ⌊0.1·n⌋ of the n members" in told[0]
-    assert "when t of its n members are in it, t the larger of ⌊0.6667·n⌋ + 1 and 3" in text
+    assert "against the coordinator, any c = ⌊0.1·M⌋ of the M invited" in told[0]
+    assert "t the largest of ⌊0.6667·n⌋ + 1, ⌊(n + c)/2⌋ + 1 and 3. Each member" in text
     assert f"σ = {noise(config(RECORD)).noise_multiplier:.4f}" in text
     assert "T = 10 rounds" in text
     assert "one step of DP-SGD" in text
     assert "PRV" not in text
     assert told[-3] == NO_CLIENT_LEVEL
+
+
+@pytest.mark.parametrize("colluding", [0.0, 0.1, 0.3])
+def test_as_many_are_honest_as_the_words_say(colluding: float) -> None:
+    secure = SecureAggregation(minimum=3, threshold=2 / 3, colluding=colluding)
+    for invited in range(5, 129):
+        c = int(Fraction(str(colluding)) * invited)
+        for n in range(max(c + 2, 3), invited + 1):
+            t = max(2 * n // 3 + 1, (n + c) // 2 + 1, 3)
+            assert honest_members(n, invited, secure) == min(t, n) - c
 
 
 def test_the_client_level_in_words() -> None:
@@ -79,7 +92,7 @@ def test_the_client_level_in_words() -> None:
     assert "That a client took part is not hidden" in told[1]
     assert "clipped to ℓ2 norm S = 0.8" in told[1]
     assert (
-        f"V / h before it masks, with h = t − c, V = (σ·D2)², σ = {found.noise_multiplier:.4f}"
+        f"V / a before it masks, with a = t − c, V = (σ·D2)², σ = {found.noise_multiplier:.4f}"
         in text
     )
     assert "charges its ledger for every attempt" in text
